@@ -1,0 +1,87 @@
+"""What the scheduler tells the runner to do in one step, and what comes back.
+
+Pure Python values: no tensors, no device. The scheduler and the runner meet only here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from graphllm.outputs import TokenLogprob
+from graphllm.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInstall:
+    """Build a slot's device rows from the host's truth, before the step's forward.
+
+    The token row, the block table and the sampling parameters are taken from `sequence` at launch,
+    and `num_computed_tokens` is the number of positions whose KV the step will find.
+    """
+
+    sequence: Sequence
+    slot: int
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAppend:
+    """New entries of one slot's block table: `blocks` go to columns `start` onwards."""
+
+    slot: int
+    start: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePair:
+    """The logits of a row feed one slot; `generation` dates the slot's owner."""
+
+    row: int
+    sequence: Sequence
+    slot: int
+    generation: int
+    held: bool = False  # sampled by StepHandle.sample(masks), not with the forward
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """`num_tokens` tokens of one sequence, from the slot's device length onwards."""
+
+    sequence: Sequence
+    slot: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step. Decode rows (one token each) come before prefill rows.
+
+    Order on the device: block copies, slot installs, block appends, forward, sample. `copies` are
+    (source block, destination block). `pairs` lists what is sampled; a row in the middle of its
+    prefill has none, the last row of a prompt has one for each sequence of its group.
+    """
+
+    step_id: int
+    rows: list[ScheduledRow] = field(default_factory=list)
+    num_decode_rows: int = 0
+    pairs: list[SamplePair] = field(default_factory=list)
+    installs: list[SlotInstall] = field(default_factory=list)
+    block_appends: list[BlockAppend] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled, aligned with its batch's `pairs`.
+
+    `logprobs[i]` is None for pairs that asked for none.
+    """
+
+    step_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]

@@ -1,0 +1,146 @@
+"""What a request asks of the sampler, and when it wants to stop.
+
+Owns the ranges of each parameter. The server translates API fields into this; the offline API
+takes it as it is. How the parameters act on logits is in `kernels/sampling.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from graphllm.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 512
+MAX_STOP_TOKEN_IDS = 64
+MAX_STOP_STRINGS = 32
+MAX_SEED = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling parameters; validated at construction.
+
+    temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p in (0, 1], min_p in [0, 1].
+    seed: None draws one at admission. repetition_penalty > 0 over prompt and output; presence and
+    frequency penalties in [-2, 2] over the output. logit_bias: token id to a bias in [-100, 100].
+    logprobs: number of alternatives reported for each token, None for no logprobs at all.
+    max_tokens: None means up to the context's end.
+
+    Raises InvalidRequestError, whose `param` is the field's name.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        # Offline users pass lists and a bare string; the stored form is a tuple.
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _check_int("n", self.n, low=1, high=128)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, low=1)
+        _check_int("min_tokens", self.min_tokens, low=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).",
+                param="min_tokens",
+            )
+        _check_float("temperature", self.temperature, low=0.0, high=100.0)
+        _check_int("top_k", self.top_k, low=0)
+        _check_float("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _check_float("min_p", self.min_p, low=0.0, high=1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, low=-MAX_SEED, high=MAX_SEED - 1)
+        _check_float("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _check_float("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        self._check_logit_bias()
+        self._check_stops()
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed.",
+                param="logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias", token_id, low=0)
+            _check_float("logit_bias", bias, low=-100.0, high=100.0)
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"At most {MAX_STOP_STRINGS} stop strings are allowed.", param="stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequestError("Stop strings must be non-empty strings.", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"At most {MAX_STOP_TOKEN_IDS} stop_token_ids are allowed.", param="stop_token_ids"
+            )
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, low=0)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise InvalidRequestError for a token id that the model does not have."""
+        for token_id in self.logit_bias or ():
+            if token_id >= vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token_id}, but the vocabulary has {vocab_size} tokens.",
+                    param="logit_bias",
+                )
+        for token_id in self.stop_token_ids:
+            if token_id >= vocab_size:
+                raise InvalidRequestError(
+                    f"stop_token_ids names token {token_id}, but the vocabulary has {vocab_size} tokens.",
+                    param="stop_token_ids",
+                )
+
+
+def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name} must be an integer, not {value!r}.", param=name)
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequestError(f"{name} must be {limit}, not {value}.", param=name)
+
+
+def _check_float(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(f"{name} must be a number, not {value!r}.", param=name)
+    if not math.isfinite(value) or value < low or value > high or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise InvalidRequestError(f"{name} must be in {bracket}{low:g}, {high:g}], not {value}.", param=name)

@@ -1,0 +1,137 @@
+"""The state of one generation, and of the group of generations that share one prompt.
+
+Owns the counts and the status machine. Does not decide anything: the scheduler moves sequences,
+the block manager owns blocks, the engine applies tokens.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from graphllm.outputs import FinishReason
+from graphllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    """WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING or SWAPPED on preemption."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    SWAPPED = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """One generation.
+
+    `token_ids` holds the prompt and every token the host has seen (confirmed). The device may be
+    ahead by `num_in_flight_tokens` sampled tokens; `num_computed_tokens` counts the positions whose
+    KV is computed or will be by a launched step, so it is an upper bound too.
+    """
+
+    __slots__ = (
+        "block_table",
+        "finish_reason",
+        "first_token_time",
+        "group",
+        "index",
+        "last_token_time",
+        "num_computed_tokens",
+        "num_in_flight_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "slot",
+        "slot_generation",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, group: SequenceGroup, index: int) -> None:
+        self.group = group
+        self.index = index
+        self.token_ids: list[int] = list(group.prompt_token_ids)
+        self.num_prompt_tokens = len(group.prompt_token_ids)
+        self.status = SequenceStatus.WAITING
+        self.slot: int | None = None
+        self.slot_generation = 0
+        self.block_table: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_in_flight_tokens = 0
+        self.num_preemptions = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.group.params
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Confirmed output tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Upper bound of the sequence's length: confirmed tokens and those in flight."""
+        return len(self.token_ids) + self.num_in_flight_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens known to the host or the device whose KV no launched step computes yet."""
+        return self.max_num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.group.request_id}/{self.index} {self.status.name} "
+            f"tokens={len(self.token_ids)}+{self.num_in_flight_tokens} computed={self.num_computed_tokens})"
+        )
+
+
+class SequenceGroup:
+    """A request: one prompt, one set of parameters, `n` sequences.
+
+    `sequences[0]` leads: it computes the prompt, and its siblings join when the prompt is done.
+    `seed` is the request's own or one drawn at admission. `max_total_tokens` bounds prompt and
+    output together, from `max_tokens` and the context.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "max_total_tokens",
+        "params",
+        "prompt_token_ids",
+        "request_id",
+        "seed",
+        "sequences",
+        "siblings_joined",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        *,
+        params: SamplingParams,
+        seed: int,
+        max_total_tokens: int,
+        arrival_time: float = 0.0,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.max_total_tokens = max_total_tokens
+        self.arrival_time = arrival_time
+        self.siblings_joined = params.n == 1
+        self.sequences = [Sequence(self, index) for index in range(params.n)]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
