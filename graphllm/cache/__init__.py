@@ -1,0 +1,1 @@
+"""KV memory: which block belongs to whom, and the tensors behind the blocks."""
