@@ -1,0 +1,73 @@
+"""A checkpoint held in memory, and tiny random Llama models that transformers computes the truth for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+STANDARD_DEVIATION = 0.15  # wide enough that attention is far from uniform: mistakes show
+
+
+class MemoryCheckpoint:
+    """The Checkpoint protocol over a dict. Counts how many of the tensors it handed out still live."""
+
+    def __init__(self, hf_config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        self.path = Path("memory.safetensors")
+        self.hf_config = hf_config
+        self.generation_config: dict[str, Any] = {}
+        self.tensors = tensors
+        self.most_alive = 0
+        self._handed_out: list[weakref.ref[torch.Tensor]] = []
+
+    def tensor_names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name].clone()
+        self._handed_out.append(weakref.ref(tensor))
+        self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self._handed_out))
+        return tensor
+
+    def load_tokenizer(self) -> Any:
+        raise AssertionError("these tests work on token ids")
+
+
+def tiny_llama(*, seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """A random Llama of odd shape in float32; every parameter is redrawn, norms around 1."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-2,
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | config))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+            if "norm" in name:
+                parameter.add_(1.0)
+    return model
+
+
+def as_checkpoint(model: LlamaForCausalLM) -> MemoryCheckpoint:
+    """What `save_pretrained` would write: a tied head is not stored."""
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    hf_config = model.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"]}
+    return MemoryCheckpoint(hf_config, tensors)

@@ -1,0 +1,77 @@
+"""Runs a decoder over a paged cache the way the runner does, for comparison with a plain forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graphllm.attention.backend import AttentionBucket, AttentionInputs
+from graphllm.attention.paged import PagedAttention
+from graphllm.models.decoder import Decoder
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 160
+MAX_BLOCKS = 32
+NUM_SLOTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class PagedModel:
+    """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order."""
+
+    def __init__(
+        self, model: Decoder, backend: PagedAttention, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.backend = model, backend
+        config = model.config
+        size = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        self.layers = [
+            LayerKV(torch.full(size, torch.nan, dtype=dtype), torch.full(size, torch.nan, dtype=dtype))
+            for _ in range(config.num_layers)
+        ]
+        order = 1 + torch.randperm(NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(1))
+        self._free_blocks = order.tolist()
+        self.block_tables = torch.zeros(NUM_SLOTS, MAX_BLOCKS, dtype=torch.int32)
+        self.lengths = [0] * NUM_SLOTS
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[tuple[int, Sequence[int]]], *, num_decode_rows: int = 0) -> torch.Tensor:
+        """Feed (slot, next token ids) rows in one batch; returns logits [num_tokens, vocab] float32."""
+        slots = torch.tensor([slot for slot, _ in rows])
+        query_lens = torch.tensor([len(token_ids) for _, token_ids in rows])
+        starts = torch.tensor([self.lengths[slot] for slot, _ in rows])
+        for slot, token_ids in rows:
+            self._extend(slot, len(token_ids))
+        token_rows = torch.repeat_interleave(query_lens)
+        query_starts = torch.cat((torch.zeros(1, dtype=torch.int64), query_lens.cumsum(0)))
+        positions = torch.arange(len(token_rows)) - query_starts[token_rows] + starts[token_rows]
+        blocks = self.block_tables[slots[token_rows], positions // BLOCK_SIZE].long()
+        inputs = AttentionInputs(
+            row_slots=slots,
+            query_lens=query_lens,
+            context_lens=starts + query_lens,
+            query_starts=query_starts,
+            positions=positions,
+            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            block_tables=self.block_tables,
+        )
+        bucket = AttentionBucket(len(positions), len(rows), num_decode_rows)
+        metadata = self.backend.plan(inputs, bucket)
+        self.backend.begin_step(metadata)
+        input_ids = torch.tensor([token_id for _, token_ids in rows for token_id in token_ids])
+        hidden = self.model(input_ids, positions, layer_caches=self.layers, metadata=metadata)
+        return self.model.compute_logits(hidden)
+
+    def _extend(self, slot: int, num_tokens: int) -> None:
+        num_blocks = -(-self.lengths[slot] // BLOCK_SIZE)
+        self.lengths[slot] += num_tokens
+        while num_blocks * BLOCK_SIZE < self.lengths[slot]:
+            self.block_tables[slot, num_blocks] = self._free_blocks.pop()
+            num_blocks += 1
