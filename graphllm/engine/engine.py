@@ -1,0 +1,237 @@
+"""One served model: its life, and who may use it.
+
+Owns the engine's state (loading, ready, draining, failed) and the admission of requests. The step
+loop is in `engine/step_loop.py`; model and memory are put together in `engine/loading.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from graphllm.config import EngineConfig
+from graphllm.engine.garbage import GarbageKeeper
+from graphllm.engine.loading import load
+from graphllm.engine.metrics import EngineMetrics
+from graphllm.engine.sink import Sink
+from graphllm.engine.step_loop import StepLoop
+from graphllm.errors import (
+    ContextLengthError,
+    EngineUnavailableError,
+    GraphLLMError,
+    InvalidRequestError,
+)
+from graphllm.outputs import SequenceDelta
+from graphllm.runner.device import Device, open_device
+from graphllm.sampling_params import SamplingParams
+from graphllm.sequence import SequenceGroup
+from graphllm.tokenizer.tokenizer import Tokenizer
+
+
+class EngineState(StrEnum):
+    """LOADING -> READY -> DRAINING -> STOPPED, and FAILED from anywhere."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Engine:
+    """Serves one model. Every method runs on the event loop that `start` ran on.
+
+    `on_failure` is called once when a loaded engine can no longer serve. With `manage_gc` the
+    process's garbage collector is frozen after warm-up and run between steps: right for a server,
+    rude in somebody else's process.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, device: Device | None = None, manage_gc: bool = False
+    ) -> None:
+        self.config = config
+        self.metrics = EngineMetrics()
+        self.state = EngineState.LOADING
+        self.failure: str | None = None
+        self.on_failure: Callable[[], None] | None = None
+        self._device = device or open_device(config.device, cpu_threads=config.cpu_threads)
+        self._garbage = GarbageKeeper(enabled=manage_gc)
+        self._random = random.Random(config.seed)
+        self._step_loop: StepLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self, *, show_progress: bool = False) -> None:
+        """Load the model, start the step loop, run one request through it; READY on return.
+
+        Raises StartupError (bad flags, bad checkpoint) with the engine FAILED.
+        """
+        try:
+            model = await self._device.run(
+                lambda: load(self.config, self._device, show_progress=show_progress)
+            )
+        except BaseException as error:
+            self.state, self.failure = EngineState.FAILED, str(error)
+            raise
+        self._step_loop = StepLoop(
+            model,
+            self._device,
+            metrics=self.metrics,
+            garbage=self._garbage,
+            look_ahead=self.config.look_ahead,
+            on_failed=self._loop_failed,
+        )
+        self._task = asyncio.get_running_loop().create_task(self._step_loop.run(), name="step-loop")
+        await self._warm_up(self._step_loop)
+        self._garbage.freeze()
+        self.state = EngineState.READY
+
+    async def drain(self, timeout: float) -> bool:
+        """Admit nothing more; wait until every request has ended. False when `timeout` cut it short."""
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+        deadline = time.perf_counter() + timeout
+        while self.num_unfinished_requests and self.state is EngineState.DRAINING:
+            if time.perf_counter() >= deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    async def stop(self) -> None:
+        """End every open request with an error, let the device finish, release it."""
+        if self._step_loop is not None and self._task is not None:
+            self._step_loop.fail_all(EngineUnavailableError("The server is shutting down."))
+            self._step_loop.stop()
+            await self._task
+        if self.state is not EngineState.FAILED:
+            self.state = EngineState.STOPPED
+        self._device.close()
+        self._garbage.release()
+
+    def check_ready(self) -> None:
+        """Raise EngineUnavailableError, with the reason, unless requests are admitted."""
+        if self.state is EngineState.READY:
+            return
+        reasons = {
+            EngineState.LOADING: "The model is loading.",
+            EngineState.DRAINING: "The server is shutting down.",
+            EngineState.STOPPED: "The server has stopped.",
+            EngineState.FAILED: f"The engine has failed: {self.failure}",
+        }
+        raise EngineUnavailableError(reasons[self.state])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.model.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return self._loaded.model.plan.max_model_len
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return 0 if self._step_loop is None else self._step_loop.num_requests
+
+    @property
+    def _loaded(self) -> StepLoop:
+        assert self._step_loop is not None, "the model is loaded before it is used"
+        return self._step_loop
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add(
+        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: Sink
+    ) -> None:
+        """Admit a request; its tokens go to `sink`.
+
+        Raises InvalidRequestError (token ids, lengths), EngineUnavailableError.
+        """
+        self.check_ready()
+        self._add(request_id, prompt_token_ids, params=params, sink=sink)
+        self.metrics.requests.inc()
+        self.metrics.prompt_tokens.inc(len(prompt_token_ids))
+
+    def abort(self, request_id: str) -> None:
+        """End a request without telling its sink. Unknown and ended requests are no error."""
+        if self._step_loop is not None:
+            self._step_loop.abort(request_id)
+
+    def _add(
+        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: Sink
+    ) -> None:
+        group = SequenceGroup(
+            request_id,
+            prompt_token_ids,
+            params=params,
+            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
+            max_total_tokens=self._check_lengths(prompt_token_ids, params),
+            arrival_time=time.perf_counter(),
+        )
+        self._loaded.add(group, sink)
+
+    def _check_lengths(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+        """The most tokens the request may reach. Raises InvalidRequestError."""
+        context, length = self.max_model_len, len(prompt_token_ids)
+        vocab_size = self._loaded.model.vocab_size
+        if length == 0:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        if length >= context:
+            raise ContextLengthError(
+                f"The prompt has {length} tokens, and the model's context of {context} tokens must hold "
+                "the prompt and at least one token of output.",
+                param="prompt",
+            )
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+            wrong = next(token for token in prompt_token_ids if not 0 <= token < vocab_size)
+            raise InvalidRequestError(
+                f"The prompt has token id {wrong}; the vocabulary has {vocab_size} tokens.", param="prompt"
+            )
+        params.check_token_ids(vocab_size)
+        if params.max_tokens is None:
+            return context
+        if length + params.max_tokens > context:
+            raise ContextLengthError(
+                f"The prompt has {length} tokens and max_tokens is {params.max_tokens}: together more than "
+                f"the model's context of {context} tokens.",
+                param="max_tokens",
+            )
+        return length + params.max_tokens
+
+    async def _warm_up(self, step_loop: StepLoop) -> None:
+        """Run one request, so that the first user meets no first-time cost. Raises StepFailedError."""
+        waiter = _Waiter()
+        length = max(1, min(32, self.max_model_len - 4))
+        params = SamplingParams(max_tokens=min(3, self.max_model_len - length), ignore_eos=True, seed=0)
+        prompt = [index % step_loop.model.vocab_size for index in range(length)]
+        self._add("warm-up", prompt, params=params, sink=waiter)
+        await waiter.ended
+
+    def _loop_failed(self, reason: str) -> None:
+        self.state, self.failure = EngineState.FAILED, reason
+        self._loaded.fail_all(EngineUnavailableError(f"The engine has failed: {reason}"))
+        if self.on_failure is not None:
+            self.on_failure()
+
+
+class _Waiter:
+    """A sink that only waits for the end."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def write(self, delta: SequenceDelta) -> None:
+        """Nobody reads it."""
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+    def finish(self) -> None:
+        self.ended.set_result(None)
+
+    def fail(self, error: GraphLLMError) -> None:
+        self.ended.set_exception(error)

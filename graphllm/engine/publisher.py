@@ -1,0 +1,153 @@
+"""From applied tokens to the requests' sinks: detokenizing, stop strings, one write a connection.
+
+Owns the queue of tokens that were applied and not yet published, and each request's detokenizers.
+It publishes in slices, so that launching the next step never waits for more than one of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphllm.engine.metrics import EngineMetrics
+from graphllm.engine.sink import Sink
+from graphllm.outputs import FinishReason, SequenceDelta, TokenLogprob
+from graphllm.scheduler.scheduler import AppliedToken, Scheduler
+from graphllm.sequence import Sequence, SequenceGroup
+from graphllm.tokenizer.detokenizer import IncrementalDetokenizer
+from graphllm.tokenizer.tokenizer import Tokenizer
+
+SLICE_SECONDS = 0.001
+
+
+class Request:
+    """A request that has not ended: its group, its sink, a detokenizer for each sequence."""
+
+    __slots__ = ("detokenizers", "group", "num_unpublished", "sink")
+
+    def __init__(self, group: SequenceGroup, sink: Sink, *, tokenizer: Tokenizer) -> None:
+        self.group = group
+        self.sink = sink
+        params = group.params
+        self.detokenizers: list[IncrementalDetokenizer | None] = [
+            IncrementalDetokenizer(
+                tokenizer,
+                group.prompt_token_ids,
+                stop=params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
+            for _ in group.sequences
+        ]
+        self.num_unpublished = len(group.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One applied token; `finish_reason` as it stood when the token was applied."""
+
+    request: Request
+    sequence: Sequence
+    token_id: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+
+class Publisher:
+    """Publishes applied tokens in order. `on_end` is told of each request whose last token went out."""
+
+    def __init__(
+        self, scheduler: Scheduler, metrics: EngineMetrics, *, on_end: Callable[[Request], None]
+    ) -> None:
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._on_end = on_end
+        self._queue: deque[_Entry] = deque()
+
+    @property
+    def backlog(self) -> int:
+        """Tokens that were applied and not yet published."""
+        return len(self._queue)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._queue
+
+    def enqueue(self, request: Request, applied: AppliedToken) -> None:
+        sequence = applied.sequence
+        self._queue.append(
+            _Entry(
+                request,
+                sequence,
+                applied.token_id,
+                applied.logprob,
+                sequence.finish_reason,
+                sequence.stop_reason,
+            )
+        )
+
+    def publish_slice(self, seconds: float = SLICE_SECONDS) -> None:
+        """Publish for at most about `seconds`, then flush each sink that was written to."""
+        deadline = time.perf_counter() + seconds
+        dirty: dict[int, Request] = {}
+        ended: list[Request] = []
+        while self._queue:
+            entry = self._queue.popleft()
+            request = entry.request
+            if self._publish(entry):
+                dirty[id(request)] = request
+            if request.num_unpublished == 0:
+                ended.append(request)
+            if time.perf_counter() > deadline:
+                break
+        for request in dirty.values():
+            request.sink.flush()
+        for request in ended:
+            self._on_end(request)
+            request.sink.finish()
+
+    def drop(self, request: Request) -> None:
+        """Forget what is queued of a request that was aborted or has failed."""
+        request.detokenizers = [None] * len(request.detokenizers)
+        self._queue = deque(entry for entry in self._queue if entry.request is not request)
+
+    def _publish(self, entry: _Entry) -> bool:
+        """Detokenize one token and write it; False when its sequence had been published to its end."""
+        sequence = entry.sequence
+        detokenizer = entry.request.detokenizers[sequence.index]
+        if detokenizer is None:
+            return False
+        self._observe_latency(sequence)
+        reason, stop_reason = entry.finish_reason, entry.stop_reason
+        text, matched = "", None
+        # A token that ends the sequence is no part of its text.
+        is_stop_token = reason is FinishReason.STOP
+        if not is_stop_token or (stop_reason is not None and sequence.params.include_stop_str_in_output):
+            text, matched = detokenizer.append((entry.token_id,))
+        if matched is not None:
+            reason, stop_reason = FinishReason.STOP, matched
+            self._scheduler.finish(sequence, FinishReason.STOP, stop_reason=matched)
+        elif reason is not None:
+            text += detokenizer.finish()
+        if reason is not None:
+            entry.request.detokenizers[sequence.index] = None
+            entry.request.num_unpublished -= 1
+            self._metrics.requests_finished.labels(reason.value).inc()
+        logprobs = None if entry.logprob is None else (entry.logprob,)
+        entry.request.sink.write(
+            SequenceDelta(sequence.index, text, (entry.token_id,), logprobs, reason, stop_reason)
+        )
+        return True
+
+    def _observe_latency(self, sequence: Sequence) -> None:
+        now = time.perf_counter()
+        if sequence.last_token_time is None:
+            sequence.first_token_time = now
+            self._metrics.time_to_first_token.observe(now - sequence.group.arrival_time)
+        else:
+            self._metrics.inter_token.observe(now - sequence.last_token_time)
+        sequence.last_token_time = now

@@ -1,0 +1,241 @@
+"""The step loop: schedule, launch, apply, publish, as one task on the server's event loop.
+
+Owns the order of these and the requests that have not ended, and what happens when a step fails.
+
+Two steps are known at a time: one running and one to follow. When step N ends its tokens are
+applied and published, and shortly before the predicted end of N+1 the step N+2 is scheduled and
+launched, so that the device never waits and an arrival waits for as little as possible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from graphllm.engine.garbage import GarbageKeeper
+from graphllm.engine.loading import LoadedModel
+from graphllm.engine.metrics import EngineMetrics
+from graphllm.engine.publisher import Publisher, Request
+from graphllm.engine.sink import Sink
+from graphllm.engine.step_timer import StepTimer
+from graphllm.errors import GraphLLMError, StepFailedError
+from graphllm.outputs import FinishReason
+from graphllm.runner.device import Device
+from graphllm.runner.model_runner import StepHandle
+from graphllm.sequence import SequenceGroup
+
+logger = logging.getLogger(__name__)
+
+_MAX_CONSECUTIVE_FAILURES = 3
+_SHORT_STEP = 0.004  # seconds; below this, waiting to schedule costs more than it gives
+_NEVER = float("inf")
+
+
+class StepLoop:
+    """Runs `model` for the requests that were added. `on_failed(reason)` means it runs no more."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        device: Device,
+        *,
+        metrics: EngineMetrics,
+        garbage: GarbageKeeper,
+        look_ahead: bool,
+        on_failed: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self._device = device
+        self._metrics = metrics
+        self._garbage = garbage
+        self._depth = 2 if look_ahead else 1
+        self._on_failed = on_failed
+        self._scheduler = model.scheduler
+        self._publisher = Publisher(model.scheduler, metrics, on_end=self._request_ended)
+        self._max_backlog = 2 * model.scheduler.limits.max_num_seqs
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[StepHandle] = deque()
+        self._timer = StepTimer()
+        self._sleeper: asyncio.Future[None] | None = None
+        self._launch_at = 0.0
+        self._num_consecutive_failures = 0
+        self._num_preemptions_seen = 0
+        self._stopping = False
+        metrics.blocks_total.set(model.scheduler.block_manager.num_usable_blocks)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests whose last token has not been published."""
+        return len(self._requests)
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add(self, group: SequenceGroup, sink: Sink) -> None:
+        """Queue a request that was checked. It may join the next step that is scheduled."""
+        assert group.request_id not in self._requests, "request ids are unique"
+        self._requests[group.request_id] = Request(group, sink, tokenizer=self.model.tokenizer)
+        self._scheduler.add(group)
+        self._update_gauges()
+        if self._launch_at == _NEVER:
+            self._launch_at = 0.0
+        self._wake()
+
+    def abort(self, request_id: str) -> None:
+        """End a request without telling its sink. Unknown and ended requests are no error."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        self._scheduler.abort(request.group)
+        self._publisher.drop(request)
+        self._metrics.requests_finished.labels(FinishReason.ABORT.value).inc()
+        self._update_gauges()
+        self._wake()
+
+    def fail_all(self, error: GraphLLMError) -> None:
+        """End every request with `error`."""
+        for request_id in tuple(self._requests):
+            if request_id in self._requests:  # a sink that fails may abort its neighbours
+                self._fail(request_id, error)
+
+    def stop(self) -> None:
+        """Let `run` return when the steps in flight have ended."""
+        self._stopping = True
+        self._wake()
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Launching outranks applying, and each turn publishes at most a slice."""
+        self._device.watch(asyncio.get_running_loop(), self._wake)
+        try:
+            while self._in_flight or not self._stopping:
+                if self._launch_is_due():
+                    self._launch()
+                if self._in_flight and self._in_flight[0].ready():
+                    self._apply(self._in_flight.popleft())
+                    self._garbage.after_step()
+                    if self._launch_is_due():
+                        continue
+                if self._publisher.is_idle:
+                    await self._sleep()
+                else:
+                    self._publisher.publish_slice()
+                    self._update_gauges()
+                    await asyncio.sleep(0)
+        except Exception as error:
+            logger.exception("the step loop failed")
+            self._on_failed(f"{type(error).__name__}: {error}")
+
+    def _may_launch(self) -> bool:
+        """Whether a further step could be scheduled, now or a little later."""
+        return (
+            len(self._in_flight) < self._depth
+            and self._scheduler.has_unfinished
+            and self._publisher.backlog <= self._max_backlog
+            and not self._stopping
+        )
+
+    def _launch_is_due(self) -> bool:
+        """Whether to schedule now, rather than nearer to the end of the step that runs."""
+        return self._may_launch() and time.perf_counter() >= self._launch_at
+
+    def _launch(self) -> None:
+        """Schedule and launch one step, if any sequence can run."""
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        if batch is None:
+            self._launch_at = _NEVER  # until a step completes or a request arrives
+            return
+        handle = self.model.runner.launch(batch)
+        now = time.perf_counter()
+        self._timer.observe_host(now - started)
+        self._in_flight.append(handle)
+        if len(self._in_flight) == 1:
+            self._plan_next_launch(started_at=now)
+
+    def _plan_next_launch(self, *, started_at: float) -> None:
+        """Set when the step after the running one, begun at about `started_at`, is due."""
+        predicted = self._timer.predict(self._in_flight[0].batch)
+        if predicted is None or predicted < _SHORT_STEP:
+            self._launch_at = started_at
+        else:
+            self._launch_at = started_at + predicted - self._timer.lead(predicted)
+
+    def _apply(self, handle: StepHandle) -> None:
+        """Confirm a completed step's tokens, or fail its requests and no others."""
+        self._scheduler.step_completed(handle.batch.step_id)
+        self._launch_at = 0.0
+        if self._in_flight:  # the step behind the completed one is running now
+            self._plan_next_launch(started_at=time.perf_counter())
+        try:
+            result = handle.result()
+        except StepFailedError as error:
+            self._step_failed(handle, error)
+            return
+        self._num_consecutive_failures = 0
+        applied = self._scheduler.apply(handle.batch, result)
+        seconds = handle.times.end - handle.times.start
+        self._timer.observe_step(handle.batch, seconds)
+        self._metrics.steps.inc()
+        self._metrics.step_seconds.observe(seconds)
+        self._metrics.generated_tokens.inc(len(applied))
+        for token in applied:
+            self._publisher.enqueue(self._requests[token.sequence.group.request_id], token)
+
+    def _step_failed(self, handle: StepHandle, error: StepFailedError) -> None:
+        """Fail the step's requests. Their rows in the step already launched become no-ops."""
+        logger.error("step %d failed", handle.batch.step_id, exc_info=error)
+        self._metrics.failed_steps.inc()
+        self._num_consecutive_failures += 1
+        for row in handle.batch.rows:
+            request_id = row.sequence.group.request_id
+            if request_id in self._requests:
+                self._fail(request_id, error)
+        if self._num_consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
+            self._stopping = True
+            self._on_failed(f"{self._num_consecutive_failures} steps failed in a row, the last: {error}")
+
+    def _fail(self, request_id: str, error: GraphLLMError) -> None:
+        request = self._requests.pop(request_id)
+        self._scheduler.abort(request.group)
+        self._publisher.drop(request)
+        request.sink.fail(error)
+        self._update_gauges()
+
+    def _request_ended(self, request: Request) -> None:
+        del self._requests[request.group.request_id]
+        self._metrics.request_seconds.observe(time.perf_counter() - request.group.arrival_time)
+
+    # -- waiting ----------------------------------------------------------------------------------
+
+    async def _sleep(self) -> None:
+        """Until the device progresses, a request arrives or ends, or a launch is due."""
+        loop = asyncio.get_running_loop()
+        timer = None
+        self._sleeper = loop.create_future()
+        if not self._in_flight:
+            self._garbage.when_idle()
+        elif self._may_launch() and self._launch_at != _NEVER:
+            timer = loop.call_later(max(0.0, self._launch_at - time.perf_counter()), self._wake)
+        try:
+            await self._sleeper
+        finally:
+            self._sleeper = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
+
+    def _update_gauges(self) -> None:
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.running.set(len(scheduler.running))
+        metrics.waiting.set(len(scheduler.waiting))
+        metrics.blocks_held.set(scheduler.block_manager.num_held_blocks)
+        metrics.slots_held.set(scheduler.slots.num_held)
+        metrics.preemptions.inc(scheduler.num_preemptions - self._num_preemptions_seen)
+        self._num_preemptions_seen = scheduler.num_preemptions

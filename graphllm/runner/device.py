@@ -1,0 +1,205 @@
+"""What differs between devices, and the only place where a thread may start.
+
+Owns the stream of work and the events that mark its progress. The CPU is dressed as an asynchronous
+device: one worker thread stands in for the stream, so that look-ahead and fences are exercised
+without a GPU, and a file descriptor tells the event loop of each completed piece of work (polling
+would steal the worker's core). `InlineDevice` does each piece of work at once, for deterministic
+tests.
+
+Work is a callable that touches device tensors. It is handed over in stream order and must read its
+host inputs (staging memory) when it runs, as a copy engine would, not when it is submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+from graphllm.errors import ConfigError
+
+T = TypeVar("T")
+Work = Callable[[], None]
+
+
+class DeviceEvent(Protocol):
+    """Marks the end of one piece of submitted work."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the work raised; None while it runs and when it went well."""
+
+    def query(self) -> bool:
+        """Whether the work has ended. Never blocks."""
+
+
+class Device(Protocol):
+    """A stream of work on some processor, in order, beside the event loop."""
+
+    torch_device: torch.device
+
+    def submit(self, work: Work) -> DeviceEvent:
+        """Queue `work` behind all earlier work. Never blocks."""
+
+    def run(self, work: Callable[[], T]) -> Awaitable[T]:
+        """Long host work (loading a model) off the event loop, in the same order."""
+
+    def empty_host(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that the device can copy from and to without blocking."""
+
+    def watch(self, loop: asyncio.AbstractEventLoop, on_progress: Callable[[], None]) -> None:
+        """Call `on_progress` on `loop` soon after submitted work has ended."""
+
+    def close(self) -> None:
+        """End the device; queued work is finished first."""
+
+
+class _WorkEvent:
+    """Set by the thread that does the work; read by the event loop."""
+
+    __slots__ = ("_done", "error")
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._done = False
+
+    def query(self) -> bool:
+        return self._done
+
+    def run(self, work: Work) -> None:
+        try:
+            work()
+        except Exception as error:
+            self.error = error
+        finally:
+            self._done = True
+
+
+class InlineDevice:
+    """Work is done when it is submitted, on the caller's thread."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def submit(self, work: Work) -> DeviceEvent:
+        event = _WorkEvent()
+        with torch.inference_mode():
+            event.run(work)
+        return event
+
+    async def run(self, work: Callable[[], T]) -> T:
+        with torch.inference_mode():
+            return work()
+
+    def empty_host(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def watch(self, loop: asyncio.AbstractEventLoop, on_progress: Callable[[], None]) -> None:
+        """Nothing to watch: work has ended before anyone could wait for it."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class CpuDevice:
+    """One worker thread as the stream; `num_threads` threads inside each torch operation."""
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.torch_device = torch.device("cpu")
+        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._queue: queue.SimpleQueue[tuple[_WorkEvent, Work] | None] = queue.SimpleQueue()
+        self._read_fd, self._write_fd = _notification_fds()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker = threading.Thread(target=self._work, name="cpu-device", daemon=True)
+        self._worker.start()
+
+    def submit(self, work: Work) -> DeviceEvent:
+        event = _WorkEvent()
+        self._queue.put((event, work))
+        return event
+
+    def run(self, work: Callable[[], T]) -> Awaitable[T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def resolve(result: T | None, error: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]  # no error: it is a T
+
+        def work_and_tell() -> None:
+            try:
+                result = work()
+            except BaseException as error:
+                _call_soon(loop, resolve, None, error)
+            else:
+                _call_soon(loop, resolve, result, None)
+
+        self.submit(work_and_tell)
+        return future
+
+    def empty_host(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype)
+
+    def watch(self, loop: asyncio.AbstractEventLoop, on_progress: Callable[[], None]) -> None:
+        def drain_and_call() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._read_fd, 4096)
+            on_progress()
+
+        self._loop = loop
+        loop.add_reader(self._read_fd, drain_and_call)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._worker.join()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._read_fd)
+        for fd in {self._read_fd, self._write_fd}:
+            os.close(fd)
+
+    def _work(self) -> None:
+        # The number of threads of an operation belongs to the thread that calls it.
+        torch.set_num_threads(self.num_threads)
+        with torch.inference_mode():
+            while (item := self._queue.get()) is not None:
+                event, work = item
+                event.run(work)
+                del item, work  # or the last step's tensors live until the next one
+                with contextlib.suppress(BlockingIOError):  # the pipe is full: the loop knows already
+                    os.write(self._write_fd, _ONE)
+
+
+_ONE = (1).to_bytes(8, "little")
+
+
+def _notification_fds() -> tuple[int, int]:
+    """(read, write) descriptors, not blocking; both accept the same eight bytes."""
+    if hasattr(os, "eventfd"):
+        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return fd, fd
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(read_fd, False)
+    os.set_blocking(write_fd, False)
+    return read_fd, write_fd
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
+        loop.call_soon_threadsafe(callback, *arguments)
+
+
+def open_device(name: str, *, cpu_threads: int | None = None) -> Device:
+    """The device for `--device`; "auto" takes the best that this build drives. Raises ConfigError."""
+    if name == "cuda":
+        raise ConfigError("--device cuda: this version drives CPUs only; use --device cpu or auto.")
+    return CpuDevice(cpu_threads)

@@ -1,0 +1,99 @@
+"""The runner's two phases, over a real tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphllm.batch import ScheduledBatch
+from graphllm.config import EngineConfig
+from graphllm.engine.loading import LoadedModel, load
+from graphllm.runner.device import InlineDevice
+from graphllm.sampling_params import SamplingParams
+from graphllm.sequence import SequenceGroup
+from tests.tiny_model import VOCAB_SIZE, write_tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> LoadedModel:
+    config = EngineConfig(model=str(write_tiny_model(tmp_path / "model")), max_num_seqs=4)
+    with torch.inference_mode():
+        return load(config, InlineDevice(), show_progress=False)
+
+
+def schedule(model: LoadedModel, *prompts: list[int]) -> ScheduledBatch:
+    for prompt in prompts:
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        group = SequenceGroup(f"r{prompt}", prompt, params=params, seed=0, max_total_tokens=len(prompt) + 8)
+        model.scheduler.add(group)
+    batch = model.scheduler.schedule()
+    assert batch is not None
+    return batch
+
+
+def only(token_id: int) -> torch.Tensor:
+    """A grammar mask that allows one token. [ceil(vocab / 32)] int32"""
+    bits = torch.zeros(-(-VOCAB_SIZE // 32) * 32, dtype=torch.int64)
+    bits[token_id] = 1
+    words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def complete(model: LoadedModel, batch: ScheduledBatch) -> list[int]:
+    handle = model.runner.launch(batch)
+    result = handle.result()
+    model.scheduler.step_completed(batch.step_id)
+    model.scheduler.apply(batch, result)
+    return result.token_ids
+
+
+def test_held_row_waits_for_its_mask_and_its_neighbour_does_not(model: LoadedModel) -> None:
+    prompts = [1, 2, 3], [4, 5, 6, 7]
+    batch = schedule(model, *prompts)
+    batch.pairs[0] = replace(batch.pairs[0], held=True)
+    handle = model.runner.launch(batch)
+    assert not handle.ready()
+    table = model.runner.buffers.token_table
+    neighbour = int(table[batch.pairs[1].slot, 4])
+    handle.sample(only(77)[None])
+    assert handle.ready()
+    result = handle.result()
+    assert result.token_ids == [77, neighbour]
+    assert int(table[batch.pairs[0].slot, 3]) == 77, "the masked token feeds the next step"
+
+
+def test_held_sampling_without_restriction_changes_nothing(model: LoadedModel, tmp_path: Path) -> None:
+    free = complete(model, schedule(model, [1, 2, 3]))
+    other = load(
+        EngineConfig(model=str(tmp_path / "model"), max_num_seqs=4), InlineDevice(), show_progress=False
+    )
+    batch = schedule(other, [1, 2, 3])
+    batch.pairs[0] = replace(batch.pairs[0], held=True)
+    handle = other.runner.launch(batch)
+    handle.sample(torch.full((1, -(-VOCAB_SIZE // 32)), -1, dtype=torch.int32))
+    assert handle.result().token_ids == free
+
+
+def test_step_of_unchanged_membership_uploads_no_rows(model: LoadedModel) -> None:
+    complete(model, schedule(model, [1, 2, 3], [4, 5]))
+    uploads = []
+    for _ in range(3):
+        batch = model.scheduler.schedule()
+        assert batch is not None
+        handle = model.runner.launch(batch)
+        uploads.append(handle._entry.upload_rows)
+        result = handle.result()
+        model.scheduler.step_completed(batch.step_id)
+        model.scheduler.apply(batch, result)
+    assert uploads == [True, False, False]
+
+
+def test_result_of_a_running_step_is_never_waited_for(model: LoadedModel) -> None:
+    batch = schedule(model, [1, 2, 3])
+    batch.pairs[0] = replace(batch.pairs[0], held=True)
+    handle = model.runner.launch(batch)
+    with pytest.raises(AssertionError, match="still running"):
+        handle.result()
