@@ -29,6 +29,8 @@ from graphllm.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+tqdm.monitor_interval = 0  # its monitor is a thread
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -16,14 +16,17 @@ from graphllm.engine.sink import Sink
 from graphllm.outputs import FinishReason, SequenceDelta, TokenLogprob
 from graphllm.scheduler.scheduler import AppliedToken, Scheduler
 from graphllm.sequence import Sequence, SequenceGroup
-from graphllm.tokenizer.detokenizer import IncrementalDetokenizer
+from graphllm.tokenizer.detokenizer import IncrementalDetokenizer, StopStrings
 from graphllm.tokenizer.tokenizer import Tokenizer
 
 SLICE_SECONDS = 0.001
 
 
 class Request:
-    """A request that has not ended: its group, its sink, a detokenizer for each sequence."""
+    """A request that has not ended: its group, its sink, a detokenizer for each sequence.
+
+    Raises InvalidRequestError for stop strings that are too long.
+    """
 
     __slots__ = ("detokenizers", "group", "num_unpublished", "sink")
 
@@ -31,11 +34,12 @@ class Request:
         self.group = group
         self.sink = sink
         params = group.params
+        stop = StopStrings(params.stop)
         self.detokenizers: list[IncrementalDetokenizer | None] = [
             IncrementalDetokenizer(
                 tokenizer,
                 group.prompt_token_ids,
-                stop=params.stop,
+                stop=stop,
                 skip_special_tokens=params.skip_special_tokens,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,

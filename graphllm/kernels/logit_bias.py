@@ -1,0 +1,25 @@
+"""A bias for chosen tokens.
+
+    x_t <- x_t + b_t    for the tokens t that a request names
+
+Owns nothing but this; a row names each token at most once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def apply_logit_bias_ref(
+    logits: Tensor, bias_ids: Tensor, bias_values: Tensor, *, num_biases: Tensor
+) -> None:
+    """Add biases to `logits` ([num_rows, vocab] float32, contiguous) in place.
+
+    bias_ids: [num_rows, max_biases] int32 in [0, vocab), bias_values: the same shape in float32.
+    Row i has `num_biases[i]` of them ([num_rows] int64); what lies beyond is never used.
+    """
+    columns = torch.arange(bias_ids.shape[1], device=logits.device)
+    rows, used = (columns < num_biases[:, None]).nonzero(as_tuple=True)  # [total biases] int64 each
+    flat_index = rows * logits.shape[1] + bias_ids[rows, used]
+    logits.view(-1).index_add_(0, flat_index, bias_values[rows, used])
