@@ -7,8 +7,10 @@ block.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -51,8 +53,8 @@ class KVCache:
         size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
         self.layers = [
             LayerKV(
-                key=torch.zeros(size, dtype=shape.dtype, device=device),
-                value=torch.zeros(size, dtype=shape.dtype, device=device),
+                key=_zeros(size, dtype=shape.dtype, device=device),
+                value=_zeros(size, dtype=shape.dtype, device=device),
             )
             for _ in range(shape.num_layers)
         ]
@@ -62,3 +64,15 @@ class KVCache:
         for layer in self.layers:
             layer.key.index_copy_(0, destinations, layer.key.index_select(0, sources))
             layer.value.index_copy_(0, destinations, layer.value.index_select(0, sources))
+
+
+def _zeros(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take a CPU's memory only when they are written.
+
+    numpy asks the system for zeroed pages; torch would write zeros to gigabytes that few requests
+    ever use, which takes seconds at every start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
