@@ -7,6 +7,7 @@ resolved value elsewhere, never written back here. Flag names are vLLM's where v
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,8 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}.")
         _check_positive("max_body_bytes", self.max_body_bytes)
+        if not 0 <= self.drain_timeout < math.inf:
+            raise ConfigError(f"--drain-timeout must be a number of seconds, not {self.drain_timeout}.")
 
 
 def _check_positive(name: str, value: int) -> None:

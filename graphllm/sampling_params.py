@@ -53,9 +53,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Offline users pass lists and a bare string; the stored form is a tuple.
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         _check_int("n", self.n, low=1, high=128)
@@ -84,6 +83,10 @@ class SamplingParams:
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
             return
+        if not isinstance(self.logit_bias, dict):
+            raise InvalidRequestError(
+                f"logit_bias must map token ids to numbers, not {self.logit_bias!r}.", param="logit_bias"
+            )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequestError(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed.",
@@ -128,6 +131,16 @@ class SamplingParams:
                     f"stop_token_ids names token {token_id}, but the vocabulary has {vocab_size} tokens.",
                     param="stop_token_ids",
                 )
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) and name == "stop":
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise InvalidRequestError(f"{name} must be a list, not {value!r}.", param=name)
+    return tuple(value)
 
 
 def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
