@@ -1,0 +1,184 @@
+"""The serving process: listens, loads, serves, drains.
+
+Owns the order of start-up and shutdown, the route table, the API key and what the process returns
+to the shell. It listens before it loads, so that /health can say why the server is not ready yet and
+a taken port is found at once.
+
+Exit codes: 0 after Ctrl-C or SIGTERM, 1 when the engine has failed, 130 when a second Ctrl-C cut
+running requests short. What cannot start raises StartupError, which the command line turns into its
+own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import signal
+import sys
+
+import uvloop
+
+from graphllm import __version__
+from graphllm.config import EngineConfig, ServerConfig
+from graphllm.engine.engine import Engine
+from graphllm.errors import AuthenticationError, GraphLLMError, StartupError
+from graphllm.log import configure_logging
+from graphllm.server.error_responses import send_error
+from graphllm.server.health import HealthRoutes
+from graphllm.server.http import HttpLimits, HttpServer, Request, Response
+from graphllm.server.openai.chat_completions import ChatCompletions
+from graphllm.server.openai.completions import Completions
+from graphllm.server.openai.models import ModelRoutes
+from graphllm.server.openai.served_model import ServedModel
+from graphllm.server.router import Router
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CUT = 130
+# How long a failed process stays up to say so on /health.
+FAILURE_LINGER_SECONDS = 2.0
+# How long last answers may take to reach their clients after the engine has stopped.
+FLUSH_SECONDS = 2.0
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve until a signal or a failure; returns the process' exit code.
+
+    Raises StartupError when serving cannot begin; the message is one line for the user.
+    """
+    configure_logging(server_config.log_level)
+    return uvloop.run(ServingProcess(engine_config, server_config).run())
+
+
+class Application:
+    """Answers every request: the route table, the API key, errors."""
+
+    def __init__(self, engine: Engine, *, model_name: str, api_key: str | None) -> None:
+        self.served = ServedModel(engine, model_name)
+        self._api_key = None if api_key is None else api_key.encode()
+        health = HealthRoutes(engine)
+        models = ModelRoutes(self.served)
+        self._router = router = Router()
+        router.add("GET", "/health", health.health)
+        router.add("GET", "/metrics", health.metrics)
+        router.add("GET", "/version", health.version)
+        router.add("GET", "/v1/models", models.list)
+        router.add("GET", "/v1/models/{name:path}", models.retrieve)
+        router.add("POST", "/v1/chat/completions", ChatCompletions(self.served).create)
+        router.add("POST", "/v1/completions", Completions(self.served).create)
+
+    def handle(self, request: Request, response: Response) -> None:
+        """Answer, or begin to. Other exceptions than these are answered by the connection, as a 500."""
+        try:
+            self._authorize(request)
+            self._router(request, response)
+        except GraphLLMError as error:
+            send_error(response, error)
+
+    def _authorize(self, request: Request) -> None:
+        if self._api_key is None or not request.path.startswith("/v1/"):
+            return
+        scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
+        # Compared in constant time, so that the time of a refusal tells nothing of the key.
+        if not hmac.compare_digest(token.strip().encode(), self._api_key) or not is_bearer:
+            raise AuthenticationError("A valid API key is needed: send 'Authorization: Bearer <key>'.")
+
+
+class ServingProcess:
+    """One engine behind one HTTP server, from the first listen to the exit code."""
+
+    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
+        self._engine_config = engine_config
+        self._config = server_config
+
+    async def run(self) -> int:
+        """Raises StartupError when serving cannot begin."""
+        self._interrupted = asyncio.Event()
+        self._interrupted_again = asyncio.Event()
+        self._failed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._note_signal)
+        self.engine = engine = Engine(self._engine_config, manage_gc=True)
+        engine.on_failure = self._failed.set
+        name = self._config.served_model_name or self._engine_config.model
+        self.application = Application(engine, model_name=name, api_key=self._config.api_key)
+        self.http_server = HttpServer(
+            self.application.handle, limits=HttpLimits(max_body_bytes=self._config.max_body_bytes)
+        )
+        await self._listen()
+        try:
+            if not await self._load(name):
+                return EXIT_OK
+            return await self._serve_until_stopped()
+        finally:
+            await self.http_server.close(timeout=FLUSH_SECONDS)
+
+    def _note_signal(self) -> None:
+        if self._interrupted.is_set():
+            self._interrupted_again.set()
+        self._interrupted.set()
+
+    async def _listen(self) -> None:
+        host = self._config.host
+        await self.http_server.start(host, self._config.port)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.http_server.port}"
+
+    async def _load(self, name: str) -> bool:
+        """False when a signal came first."""
+        logger.info("graphllm %s loading %s; /health at %s answers meanwhile", __version__, name, self.url)
+        loading = asyncio.create_task(self.engine.start(show_progress=sys.stderr.isatty()))
+        await _first_of(loading, self._interrupted)
+        if not loading.done():
+            # The device's worker cannot be interrupted; it is a daemon and ends with the process.
+            loading.cancel()
+            await asyncio.wait({loading})
+            return False
+        try:
+            loading.result()
+        except GraphLLMError as error:
+            await self.engine.stop()
+            if isinstance(error, StartupError):
+                raise
+            raise StartupError(f"The model cannot run: {error.message}") from error
+        logger.info("ready: serving %s at %s (Ctrl-C drains and stops)", name, self.url)
+        return True
+
+    async def _serve_until_stopped(self) -> int:
+        await _first_of(self._interrupted, self._failed)
+        if self._failed.is_set():
+            return await self._stop_failed()
+        logger.info(
+            "draining %d running requests (Ctrl-C again cuts them)", self.engine.num_unfinished_requests
+        )
+        draining = asyncio.create_task(self.engine.drain(self._config.drain_timeout))
+        await _first_of(draining, self._interrupted_again, self._failed)
+        if self._failed.is_set():
+            return await self._stop_failed()
+        was_cut = not draining.done()
+        draining.cancel()
+        await self.engine.stop()
+        logger.info("stopped")
+        return EXIT_CUT if was_cut else EXIT_OK
+
+    async def _stop_failed(self) -> int:
+        """Every open request has been answered by the engine; let /health be read, then give up."""
+        logger.error("the engine has failed: %s", self.engine.failure)
+        await asyncio.sleep(FAILURE_LINGER_SECONDS)
+        await self.engine.stop()
+        return EXIT_FAILED
+
+
+async def _first_of(*waited: asyncio.Event | asyncio.Task[object]) -> None:
+    """Return when the first has happened; events that have not are left alone."""
+    waiters = [
+        entry if isinstance(entry, asyncio.Task) else asyncio.ensure_future(entry.wait()) for entry in waited
+    ]
+    await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+    for entry, waiter in zip(waited, waiters, strict=True):
+        if isinstance(entry, asyncio.Event):
+            waiter.cancel()

@@ -1,0 +1,35 @@
+"""GET /health, /metrics and /version: for load balancers, Prometheus and people."""
+
+from __future__ import annotations
+
+import orjson
+
+from graphllm import __version__
+from graphllm.engine.engine import Engine
+from graphllm.engine.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from graphllm.errors import EngineUnavailableError
+from graphllm.server.http import Request, Response
+
+
+class HealthRoutes:
+    """Says what the engine says of itself; never touches the device."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def health(self, request: Request, response: Response) -> None:
+        """200 only while the engine can serve; otherwise 503 with its state and the reason."""
+        status = 200
+        body: dict[str, str] = {"status": "ok"}
+        try:
+            self._engine.check_ready()
+        except EngineUnavailableError as error:
+            status = error.status
+            body = {"status": self._engine.state.value, "reason": error.message}
+        response.send(status, orjson.dumps(body), content_type="application/json")
+
+    def metrics(self, request: Request, response: Response) -> None:
+        response.send(200, self._engine.metrics.render(), content_type=METRICS_CONTENT_TYPE)
+
+    def version(self, request: Request, response: Response) -> None:
+        response.send(200, orjson.dumps({"version": __version__}), content_type="application/json")
