@@ -120,7 +120,8 @@ class StepLoop:
                     if self._launch_is_due():
                         continue
                 if self._publisher.is_idle:
-                    await self._sleep()
+                    if self._in_flight or not self._stopping:
+                        await self._sleep()
                 else:
                     self._publisher.publish_slice()
                     self._update_gauges()
@@ -189,11 +190,13 @@ class StepLoop:
         """Fail the step's requests. Their rows in the step already launched become no-ops."""
         logger.error("step %d failed", handle.batch.step_id, exc_info=error)
         self._metrics.failed_steps.inc()
+        request_ids = {row.sequence.group.request_id for row in handle.batch.rows}
+        request_ids &= self._requests.keys()
+        if not request_ids:  # launched before the failure of the step ahead of it was known
+            return
+        for request_id in request_ids:
+            self._fail(request_id, error)
         self._num_consecutive_failures += 1
-        for row in handle.batch.rows:
-            request_id = row.sequence.group.request_id
-            if request_id in self._requests:
-                self._fail(request_id, error)
         if self._num_consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
             self._stopping = True
             self._on_failed(f"{self._num_consecutive_failures} steps failed in a row, the last: {error}")

@@ -1,0 +1,101 @@
+"""Attention over our own paged KV cache, on the CPU.
+
+Owns when keys and values are written, the step's work list and the scratch memory behind it. The
+mathematics is in `kernels/paged_attention.py` and `kernels/kv_cache_write.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphllm.attention.backend import (
+    AttentionBucket,
+    AttentionInputs,
+    AttentionMetadata,
+    AttentionSpec,
+    CaptureSupport,
+    LayerCache,
+)
+from graphllm.attention.row_groups import RowGroup, group_rows
+from graphllm.kernels.kv_cache_write import kv_cache_write
+from graphllm.kernels.paged_attention import gathered_attention
+
+
+class PagedAttention:
+    """An AttentionBackend for tensors on the CPU. One per model: its scratch memory is not shared."""
+
+    capture_support = CaptureSupport.NONE
+
+    def __init__(self, *, block_size: int) -> None:
+        self.block_size = block_size
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def plan(self, inputs: AttentionInputs, bucket: AttentionBucket) -> AttentionMetadata:
+        """Remember the addresses; what depends on their values waits for `begin_step`."""
+        return AttentionMetadata(inputs, bucket)
+
+    def begin_step(self, metadata: AttentionMetadata) -> None:
+        """Group the rows by length and find the cache slots that each group reads."""
+        metadata.work = group_rows(
+            metadata.inputs,
+            num_decode_rows=metadata.bucket.num_decode_rows,
+            block_size=self.block_size,
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        layer_cache: LayerCache,
+        spec: AttentionSpec,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.forward`."""
+        assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
+        kv_cache_write(
+            key,
+            value,
+            key_cache=layer_cache.key,
+            value_cache=layer_cache.value,
+            slot_mapping=metadata.inputs.slot_mapping,
+        )
+        groups: list[RowGroup] = metadata.work
+        if len(groups) == 1:
+            return self._attend(query, groups[0], layer_cache=layer_cache, spec=spec)
+        output = torch.empty(query.shape, dtype=query.dtype)
+        for group in groups:
+            output[group.tokens] = self._attend(
+                query[group.tokens], group, layer_cache=layer_cache, spec=spec
+            )
+        return output
+
+    def _attend(
+        self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
+    ) -> torch.Tensor:
+        """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
+        attended = gathered_attention(
+            query.view(group.num_rows, group.query_len, spec.num_heads, spec.head_dim),
+            layer_cache.key,
+            layer_cache.value,
+            slots=group.slots,
+            mask=group.mask(spec.sliding_window, query.dtype),
+            is_causal=group.is_causal(spec.sliding_window),
+            scale=spec.scale,
+            scratch=self._take_scratch(
+                len(group.slots), spec.num_kv_heads * spec.head_dim, dtype=layer_cache.key.dtype
+            ),
+        )
+        return attended.flatten(0, 1)
+
+    def _take_scratch(
+        self, num_tokens: int, width: int, *, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two uninitialized [num_tokens, width] tensors, the same memory in every layer and step."""
+        size = num_tokens * width
+        memory = self._scratch.get(dtype)
+        if memory is None or memory.numel() < 2 * size:
+            # Room for a growing context, so that decoding does not reallocate at every token.
+            memory = self._scratch[dtype] = torch.empty(4 * size, dtype=dtype)
+        return memory[:size].view(num_tokens, width), memory[size : 2 * size].view(num_tokens, width)

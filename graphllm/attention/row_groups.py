@@ -1,0 +1,133 @@
+"""The work list of a step's attention on a CPU: rows of similar length, to be attended in one call.
+
+Owns which rows go together, the cache slots they read and what their queries may see. Computes no
+attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphllm.attention.backend import AttentionInputs
+
+# What one more group costs in each layer, in gathered tokens: the exchange rate of calls and padding.
+_GROUP_COST_TOKENS = 256
+# Keys and values of a group should stay in the processor's cache between the gather and the product.
+_MAX_GROUP_TOKENS = 8192
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """Rows with the same number of queries; shorter contexts are padded to `max_context`.
+
+    tokens: where the queries lie in the batch, a slice or, for decode rows out of order, [num_rows] int64.
+    slots: [num_rows * max_context] int64; padding repeats a row's first token, so that no slot is read
+    that the row does not own. context_lens: [num_rows] int64.
+    """
+
+    tokens: slice | torch.Tensor
+    num_rows: int
+    query_len: int
+    max_context: int
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+    is_padded: bool
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def is_causal(self, sliding_window: int | None) -> bool:
+        """Whether the plain causal triangle says it all: a prompt from its start."""
+        whole = self.query_len == self.max_context and self.query_len > 1
+        return whole and (sliding_window is None or sliding_window >= self.max_context)
+
+    def mask(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """0 where a query sees a key, else -inf: [num_rows, 1, query_len, max_context] of `dtype`.
+
+        None where `is_causal` says it, or every query sees all. Built by the first layer that asks, which
+        knows window and dtype, and kept for the others.
+        """
+        is_windowed = sliding_window is not None and sliding_window < self.max_context
+        sees_all = self.query_len == 1 and not self.is_padded and not is_windowed
+        if sees_all or self.is_causal(sliding_window):
+            return None
+        if sliding_window not in self._masks:
+            positions = torch.arange(self.max_context)
+            first_queries = (self.context_lens - self.query_len)[:, None, None]
+            queries = first_queries + torch.arange(self.query_len)[:, None]  # [num_rows, query_len, 1]
+            hidden = positions > queries  # [num_rows, query_len, max_context] bool
+            if sliding_window is not None:
+                hidden |= positions <= queries - sliding_window
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            self._masks[sliding_window] = mask[:, None]
+        return self._masks[sliding_window]
+
+
+def group_rows(inputs: AttentionInputs, *, num_decode_rows: int, block_size: int) -> list[RowGroup]:
+    """Group a step's rows: decode rows by length, each prefill row by itself. Reads the lengths."""
+    groups = []
+    for rows in rows_of_similar_length(inputs.context_lens[:num_decode_rows].tolist()):
+        is_run = all(row == rows[0] + index for index, row in enumerate(rows))
+        decode_tokens = slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows)
+        groups.append(_row_group(inputs, decode_tokens, decode_tokens, query_len=1, block_size=block_size))
+    start = num_decode_rows
+    for row, query_len in enumerate(inputs.query_lens[num_decode_rows:].tolist(), num_decode_rows):
+        tokens = slice(start, start + query_len)
+        groups.append(
+            _row_group(inputs, slice(row, row + 1), tokens, query_len=query_len, block_size=block_size)
+        )
+        start += query_len
+    return groups
+
+
+def rows_of_similar_length(context_lens: Sequence[int]) -> list[list[int]]:
+    """Split rows so that padding each part to its longest row is cheaper than another part.
+
+    One part in the rows' own order when that is good enough, else parts from long rows to short.
+    """
+    if not context_lens:
+        return []
+    num_padded = len(context_lens) * max(context_lens)
+    if num_padded <= _MAX_GROUP_TOKENS and num_padded - sum(context_lens) <= _GROUP_COST_TOKENS:
+        return [list(range(len(context_lens)))]
+    order = sorted(range(len(context_lens)), key=context_lens.__getitem__, reverse=True)
+    parts, padding = [[order[0]]], 0
+    for row in order[1:]:
+        part = parts[-1]
+        longest = context_lens[part[0]]
+        padding += longest - context_lens[row]
+        if padding > _GROUP_COST_TOKENS or (len(part) + 1) * longest > _MAX_GROUP_TOKENS:
+            parts.append([row])
+            padding = 0
+        else:
+            part.append(row)
+    return parts
+
+
+def _row_group(
+    inputs: AttentionInputs,
+    rows: slice | torch.Tensor,
+    tokens: slice | torch.Tensor,
+    *,
+    query_len: int,
+    block_size: int,
+) -> RowGroup:
+    context_lens = inputs.context_lens[rows]  # [num_rows] int64
+    num_rows, max_context = len(context_lens), int(context_lens.max())
+    is_padded = num_rows > 1 and int(context_lens.min()) < max_context
+    positions = torch.arange(max_context)  # [max_context] int64
+    if is_padded:
+        positions = positions.where(positions < context_lens[:, None], 0)  # [num_rows, max_context]
+    tables = inputs.block_tables[inputs.row_slots[rows]]  # [num_rows, max_blocks] int32
+    blocks = tables.gather(1, (positions // block_size).expand(num_rows, -1))
+    slots = blocks * block_size + positions % block_size  # [num_rows, max_context] int64
+    return RowGroup(
+        tokens=tokens,
+        num_rows=num_rows,
+        query_len=query_len,
+        max_context=max_context,
+        slots=slots.view(-1),
+        context_lens=context_lens,
+        is_padded=is_padded,
+    )

@@ -1,0 +1,1 @@
+"""One operation a file: formula, plain-torch reference, later the Triton kernel."""

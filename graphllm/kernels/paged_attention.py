@@ -1,0 +1,101 @@
+"""Causal attention over a paged KV cache, for a batch that mixes decode rows and prefill rows.
+
+A row r has context_len L tokens in its cache blocks, of which the last n = query_len are this step's
+queries. For query j (at position p = L - n + j), head h, and its key/value head g = h // (H / H_kv):
+
+    visible(i) = i <= p, and i > p - sliding_window where there is a window
+    score_i    = scale * q_{j,h} . k_{i,g}        for visible i, softmax over i in float32
+    y_{j,h}    = sum_i softmax(score)_i * v_{i,g}
+
+Token i of the row lies in slot block_table[i // block_size] * block_size + i % block_size. Only slots of
+the row's own L tokens are read: what unused slots hold (NaN included) never matters.
+
+`paged_attention_ref` says this row by row. `gathered_attention` is the CPU path for rows of like shape: it
+copies their keys and values into scratch memory and attends all of them in one call. (Fresh memory for the
+copies would cost ten times the copies, in page faults; a call a row would cost more in dispatch than the
+mathematics.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def paged_attention_ref(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    block_tables: Tensor,
+    row_slots: Tensor,
+    query_lens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The specification. Scores, softmax and sums in float32.
+
+    query: [num_tokens, num_heads, head_dim], rows one after the other; caches: [num_blocks, block_size,
+    num_kv_heads, head_dim]; block_tables: [num_slots, max_blocks]; row_slots, query_lens, context_lens:
+    [num_rows]. Returns query's shape and dtype.
+    """
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    output, start = torch.empty_like(query), 0
+    for row_slot, query_len, context_len in zip(
+        row_slots.tolist(), query_lens.tolist(), context_lens.tolist(), strict=True
+    ):
+        positions = torch.arange(context_len, device=query.device)
+        blocks, offsets = block_tables[row_slot][positions // block_size].long(), positions % block_size
+        keys, values = key_cache[blocks, offsets].float(), value_cache[blocks, offsets].float()
+        queries = query[start : start + query_len].float().unflatten(1, (num_kv_heads, -1))
+        scores = torch.einsum("qgrd,kgd->grqk", queries, keys) * scale
+        query_positions = positions[context_len - query_len :, None]
+        visible = positions <= query_positions  # [query_len, context_len] bool
+        if sliding_window is not None:
+            visible &= positions > query_positions - sliding_window
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        attended = torch.einsum("grqk,kgd->qgrd", weights, values).flatten(1, 2)
+        output[start : start + query_len] = attended.to(query.dtype)
+        start += query_len
+    return output
+
+
+def gathered_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    slots: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    scratch: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Attention of rows with the same number of queries over contexts padded to the same length.
+
+    query: [num_rows, query_len, num_heads, head_dim]; caches as above, contiguous; slots: [num_rows *
+    max_context] int64, padding included, none of which may hold NaN; mask: [num_rows or 1, 1, query_len or
+    1, max_context] of query's dtype, added to the scores, or None; is_causal: token i of a row sees its
+    first i + 1 keys (only where there is no mask and query_len = max_context); scratch: two tensors of
+    [num_rows * max_context, num_kv_heads * head_dim] and the caches' dtype, overwritten.
+    Returns [num_rows, query_len, num_heads, head_dim].
+    """
+    num_rows, num_kv_heads, head_dim = query.shape[0], key_cache.shape[2], key_cache.shape[3]
+    width = num_kv_heads * head_dim
+    torch.index_select(key_cache.view(-1, width), 0, slots, out=scratch[0])
+    torch.index_select(value_cache.view(-1, width), 0, slots, out=scratch[1])
+    keys, values = (  # [num_rows, num_kv_heads, max_context, head_dim]
+        gathered.view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2).to(query.dtype)
+        for gathered in scratch
+    )
+    return F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[2] != num_kv_heads,
+    ).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""The parts of a decoder, on flat token batches [num_tokens, hidden]."""

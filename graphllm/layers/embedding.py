@@ -1,0 +1,48 @@
+"""From token ids to hidden states, and back to logits where both use one matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphllm.layers.loadable import LoadableModule, WeightSlot
+from graphllm.quant.scheme import LinearScheme
+
+
+class TokenEmbedding(LoadableModule):
+    """One row of `weight` [vocab_size, hidden_size] for each token."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        return {"weight": WeightSlot(tuple(self.weight.shape), self._load)}
+
+    def _load(self, tensor: torch.Tensor) -> None:
+        self.weight.copy_(tensor)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids: [num_tokens] int64; returns a new tensor [num_tokens, hidden_size]."""
+        return F.embedding(token_ids, self.weight)
+
+
+class TiedHead(nn.Module):
+    """Logits by the embedding's own matrix: it has no weights of its own to load.
+
+    `scheme` must multiply plain weights: an embedding is looked up by rows, so it is stored as such.
+    """
+
+    def __init__(self, embedding: TokenEmbedding, *, scheme: LinearScheme) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.bias = None
+        self.scheme = scheme
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [num_rows, hidden_size]; returns [num_rows, vocab_size]."""
+        return self.scheme.apply(self, hidden)

@@ -1,0 +1,63 @@
+"""A linear layer, or several over the same input merged into one product.
+
+Owns which rows belong to which part. How weights are stored and multiplied is the scheme's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from graphllm.layers.loadable import LoadableModule, WeightSlot
+from graphllm.quant.scheme import LinearScheme
+
+
+class Linear(LoadableModule):
+    """y = x W^T + b.
+
+    parts: name to out_features of each checkpoint layer that is merged here, in the order of the rows;
+    the name "" is that of a layer which is not merged.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool,
+        scheme: LinearScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.parts = dict(parts)
+        self.has_bias = bias
+        self.scheme = scheme
+        scheme.create_weights(
+            self,
+            in_features=in_features,
+            out_features=sum(parts.values()),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        slots, first_row = {}, 0
+        for part, out_features in self.parts.items():
+            shapes = self.scheme.checkpoint_shapes(self.in_features, out_features, bias=self.has_bias)
+            for name, shape in shapes.items():
+                load = partial(self._load, name, first_row)
+                slots[f"{part}.{name}" if part else name] = WeightSlot(shape, load)
+            first_row += out_features
+        return slots
+
+    def _load(self, name: str, first_row: int, tensor: torch.Tensor) -> None:
+        self.scheme.load(self, name, tensor=tensor, first_row=first_row)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts]."""
+        return self.scheme.apply(self, x)

@@ -1,0 +1,28 @@
+"""Normalization of hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphllm.kernels.rms_norm import rms_norm
+from graphllm.layers.loadable import LoadableModule, WeightSlot
+
+
+class RMSNorm(LoadableModule):
+    """Root-mean-square norm over the last dimension, with a learned factor for each."""
+
+    def __init__(self, size: int, *, eps: float, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
+
+    def weight_slots(self) -> dict[str, WeightSlot]:
+        return {"weight": WeightSlot(tuple(self.weight.shape), self._load)}
+
+    def _load(self, tensor: torch.Tensor) -> None:
+        self.weight.copy_(tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, size]; returns a new tensor of the same shape and dtype."""
+        return rms_norm(x, self.weight, eps=self.eps)

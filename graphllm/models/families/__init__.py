@@ -1,0 +1,1 @@
+"""One small declaration a model family: architecture names, configuration, weight names."""

@@ -1,0 +1,118 @@
+"""Checked reading of Hugging Face's config.json.
+
+Owns the errors that name a key, and the decision which keys change no mathematics. A key that nobody
+read and that is not known to be harmless is refused: it could mean anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from graphllm.errors import CheckpointError
+from graphllm.models.hf_keys import GENERATION_KEYS, HARMLESS_KEYS, NEUTRAL_VALUES
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HFConfig:
+    """config.json of one checkpoint; every getter raises CheckpointError naming file and key.
+
+    A key that is null counts as absent.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: Path, *, section: str = "") -> None:
+        self.path = path
+        self._values = values
+        self._section = section
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value, `default` when absent or null; the key counts as understood."""
+        self._read.add(key)
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(key, self._found(value, "a positive integer"))
+        return value
+
+    def positive_float(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if not is_positive_number(value):
+            self.refuse(key, self._found(value, "a positive number"))
+        return float(value)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, self._found(value, "true or false"))
+        return value
+
+    def choice(self, key: str, choices: Mapping[str, Any], *, default: str | None = None) -> Any:
+        """The entry of `choices` that the key names."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(key, self._found(value, f"one of {', '.join(sorted(choices))}"))
+        return choices[value]
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One id or a list of them; empty when absent."""
+        value = self.get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            self.refuse(key, self._found(value, "a token id or a list of token ids"))
+        return tuple(ids)
+
+    def dtype(self) -> torch.dtype | None:
+        """The weights' format (transformers 5 calls it `dtype`, 4 `torch_dtype`); None if it is another."""
+        name = self.get("dtype") or self.get("torch_dtype")
+        self.get("torch_dtype")
+        return _DTYPES.get(str(name).removeprefix("torch."))
+
+    def section(self, key: str) -> HFConfig:
+        """An object inside the configuration, {} when absent; it has a `check_understood` of its own."""
+        values = self.get(key, {})
+        if not isinstance(values, dict):
+            self.refuse(key, self._found(values, "an object"))
+        return HFConfig(values, self.path, section=f"{self._section}{key}.")
+
+    def sections(self) -> list[str]:
+        """The keys that are objects themselves."""
+        return [key for key, value in self._values.items() if isinstance(value, dict)]
+
+    def refuse(self, key: str, reason: str) -> NoReturn:
+        """Raise CheckpointError: the configuration's key, and what is wrong with it."""
+        raise CheckpointError(f"{self.path}: configuration key '{self._section}{key}' {reason}.")
+
+    def check_understood(self) -> None:
+        """Refuse the first key that is set, was not read, and is not known to be harmless."""
+        for key, value in self._values.items():
+            if key in self._read or key in HARMLESS_KEYS or key in GENERATION_KEYS or value is None:
+                continue
+            if key not in NEUTRAL_VALUES:
+                self.refuse(key, f"({_short(value)}) is not understood, and may change the mathematics")
+            if value != NEUTRAL_VALUES[key]:
+                self.refuse(key, f"is {_short(value)}, which is not supported")
+
+    @staticmethod
+    def _found(value: object, wanted: str) -> str:
+        return f"is missing; it should be {wanted}" if value is None else f"is {value!r}, not {wanted}"
+
+
+def is_positive_number(value: object) -> bool:
+    """A finite int or float above zero (JSON's true is neither)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value > 0
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

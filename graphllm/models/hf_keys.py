@@ -1,0 +1,102 @@
+"""Keys of config.json that need no reading.
+
+The list covers what transformers 4 and 5 write into every file, and notes that published checkpoints
+carry. A key that is not here and that no family reads is refused (`hf_config.py`).
+"""
+
+from __future__ import annotations
+
+# Book-keeping, training, and how transformers shall run the model.
+HARMLESS_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_from_model_config",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "custom_pipelines",
+        "embd_pdrop",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "max_sequence_length",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "resid_pdrop",
+        "return_dict",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_last_hidden_states",
+        "tokenizer_class",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+
+# Token ids and sampling parameters: the tokenizer and generation_config.json say what holds.
+GENERATION_KEYS = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "unk_token_id",
+    }
+)
+
+# Keys that would change the mathematics at any other value.
+NEUTRAL_VALUES: dict[str, object] = {
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "rope_interleaved": False,
+    "tie_encoder_decoder": False,
+    "use_sliding_window": False,
+}

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from graphllm.kernels.linear import (
+    LinearProduct,
+    choose_cpu_product,
+    linear,
+    linear_openblas,
+    linear_ref,
+    set_openblas_threads,
+)
+
+SHAPES = [(1, 1, 1), (1, 7, 5), (2, 64, 33), (16, 48, 96), (70, 33, 129), (0, 8, 4)]
+
+
+def naive(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Sums of products in float64, no library behind it: [num_tokens, out_features]."""
+    products = x.double()[:, None, :] * weight.double()[None]
+    return products.sum(-1) + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("product", [linear, linear_openblas])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_sum_of_products(
+    shape: tuple[int, int, int], has_bias: bool, product: LinearProduct
+) -> None:
+    num_tokens, in_features, out_features = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(num_tokens, in_features), torch.randn(out_features, in_features)
+    bias = torch.randn(out_features) if has_bias else None
+    result = product(x, weight, bias)
+    assert result.shape == (num_tokens, out_features) and result.dtype == torch.float32
+    assert result.is_contiguous()
+    assert torch.allclose(result.double(), naive(x, weight, bias), atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_is_close_to_float64(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 40).to(dtype), torch.randn(30, 40).to(dtype), torch.randn(30).to(dtype)
+    expected = naive(x, weight, bias)
+    result = linear(x, weight, bias)
+    assert result.dtype == dtype
+    assert (result.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("product", [linear, linear_openblas])
+def test_reads_slices_with_strides(product: LinearProduct) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 50)[:, 10:30], torch.randn(9, 20)
+    assert torch.allclose(product(x, weight, None).double(), naive(x, weight, None), atol=1e-4)
+
+
+def test_openblas_works_on_tensors_of_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.randn(3, 8)
+        weight = torch.nn.Parameter(torch.randn(4, 8), requires_grad=False)
+        assert torch.allclose(linear_openblas(x, weight, torch.ones(4)), linear(x, weight, torch.ones(4)))
+
+
+@pytest.mark.skipif(not set_openblas_threads(1), reason="numpy here is built on another library")
+def test_openblas_takes_the_number_of_threads() -> None:
+    import ctypes
+    from pathlib import Path
+
+    path = next((Path(np.__file__).parent.parent / "numpy.libs").glob("*openblas*"))
+    num_threads = ctypes.CDLL(str(path)).scipy_openblas_get_num_threads64_
+    assert set_openblas_threads(2) and num_threads() == 2
+    assert set_openblas_threads(1) and num_threads() == 1
+
+
+def test_the_choice_is_the_faster_of_the_measured() -> None:
+    choice = choose_cpu_product([(96, 64), (64, 96)], num_threads=1)
+    assert choice.product is {"torch": linear_ref, "openblas": linear_openblas}[choice.name]
+    if choice.milliseconds:
+        cost = {name: times[1] * times[16] for name, times in choice.milliseconds.items()}
+        assert choice.name == min(cost, key=lambda name: cost[name])
+    result = choice.product(torch.eye(3), torch.ones(2, 3), None)
+    assert torch.equal(result, torch.ones(3, 2))
