@@ -84,6 +84,9 @@ def choose_cpu_product(shapes: Sequence[tuple[int, int]], *, num_threads: int) -
     fixed amount of memory. Sets OpenBLAS's threads to `num_threads`, to be the same as torch's. The
     smaller product of the times at 1 and at 16 rows wins; the minimum over interleaved rounds counts,
     because a busy neighbour only ever adds time.
+
+    Where OpenBLAS wins, the calling thread's torch operations are left with one thread: two pools whose
+    idle threads spin take each other's cores, and what is not a product is too small to share out.
     """
     candidates: dict[str, LinearProduct] = {"torch": linear_ref}
     if set_openblas_threads(num_threads):
@@ -103,6 +106,8 @@ def choose_cpu_product(shapes: Sequence[tuple[int, int]], *, num_threads: int) -
                 best[name][rows] = min(best[name][rows], (time.perf_counter() - began) * 1e3)
         num_rounds += 1
     name = min(candidates, key=lambda name: math.prod(best[name].values()))
+    if name == "openblas":
+        torch.set_num_threads(1)
     return CpuProductChoice(candidates[name], name, best)
 
 
