@@ -6,6 +6,7 @@ Owns the registry and the names. The engine and the publisher call the observers
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -45,6 +46,10 @@ class EngineMetrics:
         self.inter_token = latency("inter_token_seconds", "Between two tokens of a sequence.")
         self.request_seconds = latency("request_seconds", "Arrival to the request's end.")
         self.step_seconds = latency("step_seconds", "Device time of a step.")
+
+    def include(self, collector: Collector) -> None:
+        """Render somebody else's metrics with the engine's own, for example the HTTP server's."""
+        self._registry.register(collector)
 
     def render(self) -> bytes:
         """The exposition text; its content type is CONTENT_TYPE."""

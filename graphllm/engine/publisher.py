@@ -62,14 +62,24 @@ class _Entry:
 
 
 class Publisher:
-    """Publishes applied tokens in order. `on_end` is told of each request whose last token went out."""
+    """Publishes applied tokens in order.
+
+    `on_end` is told of each request whose last token went out, `on_broken` of each whose publishing
+    raised: one request's trouble must not end the loop that serves the others.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, metrics: EngineMetrics, *, on_end: Callable[[Request], None]
+        self,
+        scheduler: Scheduler,
+        metrics: EngineMetrics,
+        *,
+        on_end: Callable[[Request], None],
+        on_broken: Callable[[Request, Exception], None],
     ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
         self._on_end = on_end
+        self._on_broken = on_broken
         self._queue: deque[_Entry] = deque()
 
     @property
@@ -102,10 +112,14 @@ class Publisher:
         while self._queue:
             entry = self._queue.popleft()
             request = entry.request
-            if self._publish(entry):
-                dirty[id(request)] = request
-            if request.num_unpublished == 0:
-                ended.append(request)
+            try:
+                if self._publish(entry):
+                    dirty[id(request)] = request
+                if request.num_unpublished == 0:
+                    ended.append(request)
+            except Exception as error:
+                dirty.pop(id(request), None)
+                self._on_broken(request, error)
             if time.perf_counter() > deadline:
                 break
         for request in dirty.values():

@@ -54,7 +54,9 @@ class StepLoop:
         self._depth = 2 if look_ahead else 1
         self._on_failed = on_failed
         self._scheduler = model.scheduler
-        self._publisher = Publisher(model.scheduler, metrics, on_end=self._request_ended)
+        self._publisher = Publisher(
+            model.scheduler, metrics, on_end=self._request_ended, on_broken=self._request_broken
+        )
         self._max_backlog = 2 * model.scheduler.limits.max_num_seqs
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[StepHandle] = deque()
@@ -211,6 +213,12 @@ class StepLoop:
     def _request_ended(self, request: Request) -> None:
         del self._requests[request.group.request_id]
         self._metrics.request_seconds.observe(time.perf_counter() - request.group.arrival_time)
+
+    def _request_broken(self, request: Request, error: Exception) -> None:
+        """A token of this request could not be published: a defect of ours, and this request's end."""
+        logger.error("publishing to request %s failed", request.group.request_id, exc_info=error)
+        if request.group.request_id in self._requests:
+            self._fail(request.group.request_id, GraphLLMError(f"Internal error: {error}"))
 
     # -- waiting ----------------------------------------------------------------------------------
 

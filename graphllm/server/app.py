@@ -25,7 +25,7 @@ from graphllm.engine.engine import Engine
 from graphllm.errors import AuthenticationError, GraphLLMError, StartupError
 from graphllm.log import configure_logging
 from graphllm.server.error_responses import send_error
-from graphllm.server.health import HealthRoutes
+from graphllm.server.health import HealthRoutes, HttpCollector
 from graphllm.server.http import HttpLimits, HttpServer, Request, Response
 from graphllm.server.openai.chat_completions import ChatCompletions
 from graphllm.server.openai.completions import Completions
@@ -110,6 +110,7 @@ class ServingProcess:
         self.http_server = HttpServer(
             self.application.handle, limits=HttpLimits(max_body_bytes=self._config.max_body_bytes)
         )
+        engine.metrics.include(HttpCollector(self.http_server.counters))
         await self._listen()
         try:
             if not await self._load(name):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import orjson
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from graphllm import __version__
 from graphllm.engine.engine import Engine
 from graphllm.engine.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from graphllm.errors import EngineUnavailableError
-from graphllm.server.http import Request, Response
+from graphllm.server.http import HttpCounters, Request, Response
 
 
 class HealthRoutes:
@@ -33,3 +37,23 @@ class HealthRoutes:
 
     def version(self, request: Request, response: Response) -> None:
         response.send(200, orjson.dumps({"version": __version__}), content_type="application/json")
+
+
+class HttpCollector(Collector):
+    """The HTTP server's own counters, read when somebody asks for the metrics."""
+
+    def __init__(self, counters: HttpCounters) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._counters
+        yield GaugeMetricFamily(
+            "graphllm_http_connections_open", "Connections now open.", value=counters.connections_open
+        )
+        for name, text, value in (
+            ("connections", "Connections accepted.", counters.connections_total),
+            ("requests", "HTTP requests handed to a route.", counters.requests_total),
+            ("refused", "Requests refused before any route saw them.", counters.refused_total),
+            ("slow_clients", "Streams cut because the client did not read.", counters.slow_clients_total),
+        ):
+            yield CounterMetricFamily(f"graphllm_http_{name}", text, value=value)

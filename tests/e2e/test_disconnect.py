@@ -106,3 +106,11 @@ def test_the_others_are_not_disturbed(client: openai.OpenAI, server: ServerProce
     for chunk in stream:
         text += chunk.choices[0].delta.content or ""
     assert text == "1. 1\n2. 2\n3. 3\n4. 4\n5. 5\n6. 6\n7."
+
+
+def test_metrics_count_connections_and_requests(server: ServerProcess) -> None:
+    before = server.metric("graphllm_http_requests_total")
+    server.get("/health")
+    # The two requests for metrics count as well.
+    assert server.metric("graphllm_http_requests_total") == before + 2
+    assert server.metric("graphllm_http_connections_open") >= 1

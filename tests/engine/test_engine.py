@@ -17,7 +17,7 @@ from graphllm.errors import (
     InvalidRequestError,
     StepFailedError,
 )
-from graphllm.outputs import FinishReason
+from graphllm.outputs import FinishReason, SequenceDelta
 from graphllm.runner.device import CpuDevice, InlineDevice
 from graphllm.sampling_params import SamplingParams
 from tests.engine.harness import (
@@ -210,6 +210,26 @@ def test_failed_step_fails_its_requests_and_no_others(tiny_model: Path, device: 
             await ended(again)
             assert again.token_ids == expected[0]
             assert engine.state is EngineState.READY
+            await settle(engine)
+            assert_nothing_held(engine)
+
+    asyncio.run(scenario())
+
+
+def test_sink_that_raises_loses_its_own_request_only(tiny_model: Path) -> None:
+    def explode(delta: SequenceDelta) -> None:
+        raise RuntimeError("a defect in a sink")
+
+    async def scenario() -> None:
+        expected = await one_by_one(tiny_model, GREEDY, [[4, 5, 6]])
+        async with running_engine(tiny_model, device=CpuDevice(1)) as engine:
+            broken = add(engine, "broken", [1, 2, 3], GREEDY)
+            broken.on_write = explode
+            neighbour = add(engine, "neighbour", [4, 5, 6], GREEDY)
+            await ended(broken, neighbour)
+            assert broken.error is not None
+            assert "a defect in a sink" in broken.error.message
+            assert neighbour.token_ids == expected[0]
             await settle(engine)
             assert_nothing_held(engine)
 
