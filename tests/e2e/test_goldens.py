@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import openai
 import pytest
-from graphllm.tokenizer.tokenizer import Tokenizer
 
 from graphllm.models.checkpoint import open_checkpoint
 from graphllm.models.demo import demo_model_path
+from graphllm.tokenizer.tokenizer import Tokenizer
 from tests.e2e.serving import ServerProcess
 
 
