@@ -57,7 +57,7 @@ class ScheduledRow:
 class ScheduledBatch:
     """One step. Decode rows (one token each) come before prefill rows.
 
-    Order on the device: block copies, slot installs, block appends, forward, sample. `copies` are
+    Order on the device: slot installs, block appends, block copies, forward, sample. `copies` are
     (source block, destination block). `pairs` lists what is sampled; a row in the middle of its
     prefill has none, the last row of a prompt has one for each sequence of its group.
     """

@@ -194,8 +194,8 @@ class _Job:
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = loop.create_future()
         with _interrupts_to(self.interrupt, loop):
-            self._admit()
             try:
+                self._admit()
                 await self._ended
             finally:
                 for position in range(self._num_submitted):
@@ -235,7 +235,7 @@ class _Job:
             ):
                 self._submit(self._num_submitted)
                 self._num_submitted += 1
-        except GraphLLMError as error:
+        except Exception as error:  # whatever a prompt does, the job must end
             if len(self._prompts) > 1:
                 error.add_note(f"raised by prompt {self._num_submitted} of {len(self._prompts)}")
             self.fail(error)

@@ -213,9 +213,11 @@ class Engine:
 
     def _loop_failed(self, reason: str) -> None:
         self.state, self.failure = EngineState.FAILED, reason
-        self._loaded.fail_all(EngineUnavailableError(f"The engine has failed: {reason}"))
-        if self.on_failure is not None:
-            self.on_failure()
+        try:
+            self._loaded.fail_all(EngineUnavailableError(f"The engine has failed: {reason}"))
+        finally:
+            if self.on_failure is not None:
+                self.on_failure()
 
 
 class _Waiter:
@@ -231,7 +233,9 @@ class _Waiter:
         """Nothing was written."""
 
     def finish(self) -> None:
-        self.ended.set_result(None)
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def fail(self, error: GraphLLMError) -> None:
-        self.ended.set_exception(error)
+        if not self.ended.done():
+            self.ended.set_exception(error)

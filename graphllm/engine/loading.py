@@ -17,11 +17,13 @@ from graphllm.attention.paged import PagedAttention
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
+from graphllm.errors import CheckpointError
 from graphllm.models.checkpoint import open_checkpoint, resolve_model_path
 from graphllm.models.weights import load_model
 from graphllm.runner.device import Device
 from graphllm.runner.memory_plan import MemoryPlan, free_host_bytes, plan_memory
 from graphllm.runner.model_runner import ModelRunner
+from graphllm.runner.sampler import MAX_EOS_TOKEN_IDS
 from graphllm.runner.step_buffers import StagingRing, StepBuffers
 from graphllm.scheduler.scheduler import Scheduler, SchedulerLimits
 from graphllm.scheduler.slots import SlotAllocator
@@ -70,7 +72,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         free_bytes=free_host_bytes(),
     )
     kv_cache = KVCache(kv_shape, plan.num_blocks, device=device.torch_device)
-    eos_token_ids = frozenset(tokenizer.eos_token_ids)
+    eos_token_ids = _end_token_ids(tokenizer, model_config.vocab_size)
     runner = ModelRunner(
         model,
         backend=backend,
@@ -101,6 +103,17 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         plan.kv_cache_bytes / 1024**3,
     )
     return LoadedModel(tokenizer, plan, scheduler, runner, model_config.vocab_size)
+
+
+def _end_token_ids(tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
+    """The end tokens that the model can produce. Raises CheckpointError for more than the tables hold."""
+    producible = frozenset(token_id for token_id in tokenizer.eos_token_ids if token_id < vocab_size)
+    if len(producible) > MAX_EOS_TOKEN_IDS:
+        raise CheckpointError(
+            f"The tokenizer names {len(producible)} end-of-text tokens; at most {MAX_EOS_TOKEN_IDS} "
+            "are supported."
+        )
+    return producible
 
 
 @contextmanager

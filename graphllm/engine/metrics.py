@@ -29,11 +29,14 @@ class EngineMetrics:
             return Histogram(f"graphllm_{name}", text, buckets=_LATENCY_BUCKETS, registry=registry)
 
         self.requests = counter("requests", "Requests admitted.")
-        self.requests_finished = Counter(
-            "graphllm_requests_finished", "Sequences ended, by reason.", ["reason"], registry=registry
+        self.sequences_finished = Counter(
+            "graphllm_sequences_finished",
+            "Sequences ended: stop, length, abort (nobody waited any more) or error.",
+            ["reason"],
+            registry=registry,
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests.")
-        self.generated_tokens = counter("generated_tokens", "Tokens sampled and kept.")
+        self.generated_tokens = counter("generated_tokens", "Tokens sampled for running sequences.")
         self.steps = counter("steps", "Device steps completed.")
         self.failed_steps = counter("failed_steps", "Device steps that failed.")
         self.preemptions = counter("preemptions", "Sequences preempted for want of KV blocks.")

@@ -64,8 +64,9 @@ class _Entry:
 class Publisher:
     """Publishes applied tokens in order.
 
-    `on_end` is told of each request whose last token went out, `on_broken` of each whose publishing
-    raised: one request's trouble must not end the loop that serves the others.
+    `on_end` is told of each request whose last token went out, and says whether anyone still wants its
+    end. `on_broken` is told of each whose publishing raised: one request's trouble must not end the
+    loop that serves the others.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Publisher:
         scheduler: Scheduler,
         metrics: EngineMetrics,
         *,
-        on_end: Callable[[Request], None],
+        on_end: Callable[[Request], bool],
         on_broken: Callable[[Request, Exception], None],
     ) -> None:
         self._scheduler = scheduler
@@ -115,18 +116,25 @@ class Publisher:
             try:
                 if self._publish(entry):
                     dirty[id(request)] = request
-                if request.num_unpublished == 0:
-                    ended.append(request)
+                    if request.num_unpublished == 0:
+                        ended.append(request)
             except Exception as error:
                 dirty.pop(id(request), None)
                 self._on_broken(request, error)
             if time.perf_counter() > deadline:
                 break
         for request in dirty.values():
-            request.sink.flush()
+            self._guarded(request, request.sink.flush)
         for request in ended:
-            self._on_end(request)
-            request.sink.finish()
+            # A flush may have cut its client, and with it every request behind the same answer.
+            if self._on_end(request):
+                self._guarded(request, request.sink.finish)
+
+    def _guarded(self, request: Request, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._on_broken(request, error)
 
     def drop(self, request: Request) -> None:
         """Forget what is queued of a request that was aborted or has failed."""
@@ -154,7 +162,7 @@ class Publisher:
         if reason is not None:
             entry.request.detokenizers[sequence.index] = None
             entry.request.num_unpublished -= 1
-            self._metrics.requests_finished.labels(reason.value).inc()
+            self._metrics.sequences_finished.labels(reason.value).inc()
         logprobs = None if entry.logprob is None else (entry.logprob,)
         entry.request.sink.write(
             SequenceDelta(sequence.index, text, (entry.token_id,), logprobs, reason, stop_reason)

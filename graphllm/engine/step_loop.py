@@ -90,17 +90,16 @@ class StepLoop:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
-        self._scheduler.abort(request.group)
-        self._publisher.drop(request)
-        self._metrics.requests_finished.labels(FinishReason.ABORT.value).inc()
-        self._update_gauges()
+        self._end(request, FinishReason.ABORT.value)
         self._wake()
 
     def fail_all(self, error: GraphLLMError) -> None:
         """End every request with `error`."""
         for request_id in tuple(self._requests):
-            if request_id in self._requests:  # a sink that fails may abort its neighbours
+            try:
                 self._fail(request_id, error)
+            except Exception:
+                logger.exception("request %s could not be taken out", request_id)
 
     def stop(self) -> None:
         """Let `run` return when the steps in flight have ended."""
@@ -120,14 +119,15 @@ class StepLoop:
                     self._apply(self._in_flight.popleft())
                     self._garbage.after_step()
                     if self._launch_is_due():
-                        continue
-                if self._publisher.is_idle:
-                    if self._in_flight or not self._stopping:
-                        await self._sleep()
-                else:
+                        self._launch()
+                if not self._publisher.is_idle:
                     self._publisher.publish_slice()
                     self._update_gauges()
                     await asyncio.sleep(0)
+                elif self._in_flight and self._in_flight[0].ready():
+                    await asyncio.sleep(0)
+                elif self._in_flight or not self._stopping:
+                    await self._sleep()
         except Exception as error:
             logger.exception("the step loop failed")
             self._on_failed(f"{type(error).__name__}: {error}")
@@ -172,14 +172,16 @@ class StepLoop:
         self._scheduler.step_completed(handle.batch.step_id)
         self._launch_at = 0.0
         if self._in_flight:  # the step behind the completed one is running now
-            self._plan_next_launch(started_at=time.perf_counter())
+            # Not when the loop noticed: a loop that was busy must not make the next step late too.
+            self._plan_next_launch(started_at=handle.times.end or time.perf_counter())
         try:
             result = handle.result()
         except StepFailedError as error:
             self._step_failed(handle, error)
             return
-        self._num_consecutive_failures = 0
         applied = self._scheduler.apply(handle.batch, result)
+        if any(not row.sequence.is_finished for row in handle.batch.rows) or applied:
+            self._num_consecutive_failures = 0
         seconds = handle.times.end - handle.times.start
         self._timer.observe_step(handle.batch, seconds)
         self._metrics.steps.inc()
@@ -204,21 +206,37 @@ class StepLoop:
             self._on_failed(f"{self._num_consecutive_failures} steps failed in a row, the last: {error}")
 
     def _fail(self, request_id: str, error: GraphLLMError) -> None:
-        request = self._requests.pop(request_id)
-        self._scheduler.abort(request.group)
+        # One answer may stand behind several requests: its failure aborts the others.
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return
+        try:
+            self._end(request, "error")
+        finally:
+            try:
+                request.sink.fail(error)
+            except Exception:
+                logger.exception("request %s could not be told of its failure", request_id)
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Take a request that was forgotten out of scheduler and publisher."""
+        num_cut = sum(detokenizer is not None for detokenizer in request.detokenizers)
+        self._metrics.sequences_finished.labels(reason).inc(num_cut)
         self._publisher.drop(request)
-        request.sink.fail(error)
+        self._scheduler.abort(request.group)
         self._update_gauges()
 
-    def _request_ended(self, request: Request) -> None:
-        del self._requests[request.group.request_id]
+    def _request_ended(self, request: Request) -> bool:
+        """False when it was aborted or has failed meanwhile."""
+        if self._requests.pop(request.group.request_id, None) is None:
+            return False
         self._metrics.request_seconds.observe(time.perf_counter() - request.group.arrival_time)
+        return True
 
     def _request_broken(self, request: Request, error: Exception) -> None:
         """A token of this request could not be published: a defect of ours, and this request's end."""
         logger.error("publishing to request %s failed", request.group.request_id, exc_info=error)
-        if request.group.request_id in self._requests:
-            self._fail(request.group.request_id, GraphLLMError(f"Internal error: {error}"))
+        self._fail(request.group.request_id, GraphLLMError(f"Internal error: {error}"))
 
     # -- waiting ----------------------------------------------------------------------------------
 

@@ -108,5 +108,10 @@ def free_host_bytes() -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
+        # Cached file pages count as used, a checkpoint's among them, and are given back when needed.
+        statistics = dict(
+            line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        )
+        cached = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+        free = min(free, max(0, int(text) - int(used.read_text()) + cached))
     return free

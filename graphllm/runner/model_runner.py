@@ -46,7 +46,10 @@ class StepHandle:
         self._held = [index for index, pair in enumerate(batch.pairs) if pair.held]
 
     def sample(self, masks: torch.Tensor) -> None:
-        """Sample the held pairs. masks: [num_held, ceil(vocab_size / 32)] int32, bit set = allowed."""
+        """Sample the held pairs. masks: [num_held, ceil(vocab_size / 32)] int32, bit set = allowed.
+
+        To be called before the next step is launched, whose forward reuses the logits.
+        """
         assert self._held, "no pair was held back"
         self._events.append(self._runner.submit_sample(self, self._held, masks=masks))
         self._held = []
@@ -94,13 +97,16 @@ class ModelRunner:
         self._staging = staging
         self._eos_token_ids = eos_token_ids
         self._block_size = kv_cache.shape.block_size
+        self._held_back: StepHandle | None = None
         self._variant_of: tuple[tuple[tuple[int, int], ...], SamplerVariant] | None = None
 
     def launch(self, batch: ScheduledBatch) -> StepHandle:
         """Hand the step to the device. Never blocks; errors of the device surface in `result`."""
+        assert self._held_back is None or not self._held_back._held, "the last step is not sampled yet"
         entry = self._staging.stage(batch, eos_token_ids=self._eos_token_ids)
         handle = StepHandle(self, batch, entry=entry)
         handle._events.append(self._device.submit(partial(self._forward, batch, entry, handle.times)))
+        self._held_back = handle if handle._held else None
         if not handle._held:
             handle._events.append(self.submit_sample(handle, None, masks=None))
         elif len(handle._held) < len(batch.pairs):

@@ -29,7 +29,8 @@ class StepBuffers:
     num_computed_tokens: [num_slots] int64, positions whose KV is computed; also the position that
         the next sampled token takes once a step's forward is done.
     block_tables: [num_slots, max_blocks] int32.
-    rows: [4, max_num_seqs] int64: slots and lengths of the step's rows, rows and slots of its pairs.
+    rows: [4, max_num_seqs] int64: slots and lengths of the step's rows, rows and slots of its pairs;
+        rows_version says which upload they are from.
     logits: [max_num_seqs, vocab_size] float32, a line for each sampled pair.
     """
 
@@ -43,6 +44,7 @@ class StepBuffers:
         )
         self.sampling = SamplingTables.allocate(plan.num_slots, device=device)
         self.rows = torch.zeros(4, max_num_seqs, dtype=torch.int64, device=device)
+        self.rows_version = 0
         self.logits = torch.zeros(max_num_seqs, vocab_size, dtype=torch.float32, device=device)
 
     def row_slots(self, num_rows: int) -> torch.Tensor:
@@ -89,6 +91,7 @@ class StagingEntry:
     installs: list[_StagedInstall] = field(default_factory=list)
     appends: slice = field(default_factory=lambda: slice(0, 0))
     num_copies: int = 0
+    rows_version: int = 0
     upload_rows: bool = True
     in_use: bool = False
 
@@ -102,6 +105,7 @@ class StagingRing:
         self._entries = [self._new_entry(plan, max_num_seqs) for _ in range(depth)]
         self._next = 0
         self._uploaded_rows: list[tuple[int, ...]] | None = None
+        self._rows_version = 0
 
     def _new_entry(self, plan: MemoryPlan, max_num_seqs: int) -> StagingEntry:
         host = self._device.empty_host
@@ -145,9 +149,11 @@ class StagingRing:
         entry.upload_rows = rows != self._uploaded_rows
         if entry.upload_rows:
             self._uploaded_rows = rows
+            self._rows_version += 1
             target = entry.rows.numpy()
             for line, values in enumerate(rows):
                 target[line, : len(values)] = values
+        entry.rows_version = self._rows_version
 
     def _stage_blocks_and_tokens(
         self, entry: StagingEntry, batch: ScheduledBatch, *, eos_token_ids: frozenset[int]
@@ -211,6 +217,10 @@ def upload(entry: StagingEntry, buffers: StepBuffers) -> None:
         buffers.block_tables.view(-1)[index] = blocks
     if entry.upload_rows:
         buffers.rows.copy_(entry.rows, non_blocking=True)
+        buffers.rows_version = entry.rows_version
+    elif buffers.rows_version != entry.rows_version:
+        # The step that should have uploaded them failed: these are other sequences' rows.
+        raise RuntimeError("the step ahead of this one failed before its rows were uploaded")
 
 
 def download(entry: StagingEntry, pairs: list[int] | None, sampled: SampledTokens) -> None:

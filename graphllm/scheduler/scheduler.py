@@ -77,7 +77,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence in self.waiting:
+        elif sequence.index == 0 or sequence.group.siblings_joined:  # else it was never queued
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason

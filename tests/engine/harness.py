@@ -29,7 +29,9 @@ class Collector:
         self.error: GraphLLMError | None = None
         self.num_writes_since_flush = 0
         self.ended = asyncio.Event()
-        self.on_write: Callable[[SequenceDelta], None] | None = None
+        self.on_write: Callable[[SequenceDelta], None] = lambda delta: None
+        self.on_flush: Callable[[], None] = lambda: None
+        self.on_fail: Callable[[], None] = lambda: None
 
     def write(self, delta: SequenceDelta) -> None:
         assert not self.ended.is_set(), "a call after the end"
@@ -40,12 +42,12 @@ class Collector:
         self.logprobs[delta.index].extend(delta.logprobs or ())
         self.finish_reasons[delta.index] = delta.finish_reason
         self.stop_reasons[delta.index] = delta.stop_reason
-        if self.on_write is not None:
-            self.on_write(delta)
+        self.on_write(delta)
 
     def flush(self) -> None:
         assert self.num_writes_since_flush > 0, "a flush of nothing"
         self.num_writes_since_flush = 0
+        self.on_flush()
 
     def finish(self) -> None:
         assert self.num_writes_since_flush == 0, "writes that were never flushed"
@@ -55,6 +57,7 @@ class Collector:
     def fail(self, error: GraphLLMError) -> None:
         self.error = error
         self.ended.set()
+        self.on_fail()
 
 
 class FaultyDevice:

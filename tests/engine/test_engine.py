@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,62 @@ def test_sink_that_raises_loses_its_own_request_only(tiny_model: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_stop_string_with_tokens_queued_behind_it_ends_its_request_once(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running_engine(tiny_model) as engine:
+            full = add(engine, "full", [5, 6, 7], GREEDY)
+            await ended(full)
+            stop = engine.tokenizer.decode(full.token_ids[0][6:9])
+            params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=(stop,))
+            slow = add(engine, "slow", [1, 2, 3], GREEDY)
+            # Longer than a slice of publishing: tokens pile up behind it.
+            slow.on_write = lambda delta: time.sleep(0.003)
+            stopped = add(engine, "stopped", [5, 6, 7], params)
+            await ended(slow, stopped)
+            assert stopped.stop_reasons == [stop]
+            assert engine.state is EngineState.READY
+            await settle(engine)
+            assert_nothing_held(engine)
+
+    asyncio.run(scenario())
+
+
+def test_failing_request_may_abort_its_neighbour_of_the_same_answer(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        faulty = FaultyInlineDevice()
+        async with running_engine(tiny_model, device=faulty) as engine:
+            faulty.arm(3)
+            collectors = [add(engine, name, [1, 2, 3], GREEDY) for name in ("a", "b")]
+            for collector, other in zip(collectors, ("b", "a"), strict=True):
+                collector.on_fail = lambda other=other: engine.abort(other)
+            await asyncio.wait(
+                [asyncio.ensure_future(collector.ended.wait()) for collector in collectors],
+                timeout=30,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            assert sum(collector.ended.is_set() for collector in collectors) == 1
+            assert engine.state is EngineState.READY
+            await settle(engine)
+            assert_nothing_held(engine)
+
+    asyncio.run(scenario())
+
+
+def test_flush_that_cuts_its_client_at_the_last_token_is_no_failure(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running_engine(tiny_model) as engine:
+            cut = add(engine, "cut", [1, 2, 3], GREEDY)
+            cut.on_flush = lambda: engine.abort("cut") if cut.finish_reasons[0] else None
+            neighbour = add(engine, "neighbour", [4, 5, 6], GREEDY)
+            await ended(neighbour)
+            await asyncio.sleep(0)
+            assert cut.finish_reasons == [FinishReason.LENGTH]
+            assert not cut.ended.is_set(), "an aborted request's sink hears nothing more"
+            assert engine.state is EngineState.READY
+
+    asyncio.run(scenario())
+
+
 def test_device_that_keeps_failing_fails_the_engine(tiny_model: Path) -> None:
     async def scenario() -> None:
         faulty = FaultyCpuDevice(1)
@@ -324,7 +381,7 @@ def test_metrics_count_what_happened(tiny_model: Path) -> None:
             )
             assert float(lines["graphllm_requests_total"]) == 3
             assert float(lines["graphllm_prompt_tokens_total"]) == 9
-            assert float(lines['graphllm_requests_finished_total{reason="length"}']) >= 3
+            assert float(lines['graphllm_sequences_finished_total{reason="length"}']) >= 3
             assert float(lines["graphllm_running_sequences"]) == 0
             assert float(lines["graphllm_kv_blocks_held"]) == 0
 
