@@ -25,7 +25,7 @@ from graphllm.attention.backend import (
 )
 from graphllm.attention.paged import PagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
-from graphllm.kernels.linear import LinearProduct, linear_openblas, linear_ref, set_openblas_threads
+from graphllm.kernels.linear import LinearProduct, give_threads, linear_openblas, linear_ref
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.weights import choose_product
@@ -184,18 +184,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=200, help="tokens in the cache of each row")
     parser.add_argument("--steps", type=int, default=20, help="steps, of which the best counts")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch and BLAS"
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="threads of the library behind the linear layers",
     )
     parser.add_argument("--layers", type=int, default=DEMO_SHAPE.num_layers, help="layers of the model")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--product", default="auto", choices=("auto", "torch", "openblas"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    set_openblas_threads(options.threads)
     dtype: torch.dtype = getattr(torch, options.dtype)
     config = replace(DEMO_SHAPE, num_layers=options.layers)
     products: dict[str, LinearProduct] = {"torch": linear_ref, "openblas": linear_openblas}
     product = products.get(options.product) or choose_product(config, device=CPU, dtype=dtype)
+    give_threads(product, options.threads)
     name = next(name for name, known in products.items() if known is product)
     times = measure(
         config, product, dtype=dtype, rows=options.rows, context=options.context, steps=options.steps

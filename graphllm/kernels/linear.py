@@ -5,6 +5,10 @@
 torch's CPU build brings Intel's MKL and numpy's wheels bring OpenBLAS. On a CPU that is not Intel's the
 second can be twice as fast, so a process measures both once (`choose_cpu_product`) and keeps one: a
 product that changed with the number of rows would make a request's text depend on its neighbours.
+
+Idle threads of OpenBLAS and of torch's OpenMP keep spinning for milliseconds, in wait for the next call.
+Two pools on the same cores stall each other (measured: a decode step six times slower), so only the
+library that computes the products has more than one thread.
 """
 
 from __future__ import annotations
@@ -28,8 +32,16 @@ LinearProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _TRIAL_ROWS = (1, 16)
 # Weights must stream from memory, as they do in a step: more than a last-level cache holds.
 _TRIAL_BYTES = 64 * 1024**2
-_TRIAL_SECONDS = 0.25
-_MIN_TRIAL_ROUNDS = 2
+_TRIAL_ROUNDS = 3
+_TRIAL_SECONDS = 0.35
+# Below this, calls cost more than products, and a trial more than it could ever save.
+_MIN_BYTES_WORTH_A_TRIAL = 1024**2
+# How long idle threads of either pool may go on spinning.
+_SPIN_SECONDS = 0.03
+# With OpenBLAS the rest of a step, attention above all, has one thread. That costs a few percent with two
+# threads and more with each: OpenBLAS must win clearly, and on many cores torch stays.
+_MAX_OPENBLAS_THREADS = 4
+_CLEAR_WIN = 0.85
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,9 +80,22 @@ def set_openblas_threads(num_threads: int) -> bool:
     return False
 
 
+def give_threads(product: LinearProduct, num_threads: int) -> None:
+    """Give `num_threads` to the library behind `product` and one to the other.
+
+    torch's number is that of the calling thread, so call this where the model will run.
+    """
+    is_openblas = product is linear_openblas
+    torch.set_num_threads(1 if is_openblas else num_threads)
+    set_openblas_threads(num_threads if is_openblas else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class CpuProductChoice:
-    """The product chosen, its name, and the milliseconds that each candidate took at each row count."""
+    """The product chosen, its name, and the milliseconds that each candidate took at each row count.
+
+    The last is empty where there was nothing to choose.
+    """
 
     product: LinearProduct
     name: str
@@ -81,33 +106,35 @@ def choose_cpu_product(shapes: Sequence[tuple[int, int]], *, num_threads: int) -
     """Time torch and OpenBLAS on float32 matrices of these shapes; takes less than half a second.
 
     shapes: (out_features, in_features) of a model's layers, which the trial repeats or cuts to fill a
-    fixed amount of memory. Sets OpenBLAS's threads to `num_threads`, to be the same as torch's. The
-    smaller product of the times at 1 and at 16 rows wins; the minimum over interleaved rounds counts,
-    because a busy neighbour only ever adds time.
+    fixed amount of memory; below a megabyte in all there is no trial. The geometric mean of the times at 1
+    and at 16 rows decides; the best round counts, because a busy neighbour only ever adds time.
 
-    Where OpenBLAS wins, the calling thread's torch operations are left with one thread: two pools whose
-    idle threads spin take each other's cores, and what is not a product is too small to share out.
+    Leaves the chosen library with `num_threads` threads: see `give_threads`.
     """
-    candidates: dict[str, LinearProduct] = {"torch": linear_ref}
-    if set_openblas_threads(num_threads):
-        candidates["openblas"] = linear_openblas
-    if len(candidates) == 1:
+    is_small = 4 * sum(math.prod(shape) for shape in shapes) < _MIN_BYTES_WORTH_A_TRIAL
+    if is_small or num_threads > _MAX_OPENBLAS_THREADS or not set_openblas_threads(num_threads):
+        give_threads(linear_ref, num_threads)
         return CpuProductChoice(linear_ref, "torch", {})
     weights = _trial_weights(shapes)
     inputs = {rows: [torch.ones(rows, weight.shape[1]) for weight in weights] for rows in _TRIAL_ROWS}
+    candidates: dict[str, LinearProduct] = {"torch": linear_ref, "openblas": linear_openblas}
     best = {name: dict.fromkeys(_TRIAL_ROWS, math.inf) for name in candidates}
-    start, num_rounds = time.perf_counter(), 0
-    while num_rounds < _MIN_TRIAL_ROUNDS or time.perf_counter() - start < _TRIAL_SECONDS:
-        for rows in _TRIAL_ROWS:
-            for name, product in candidates.items():
-                began = time.perf_counter()
+    began = time.perf_counter()
+    for num_rounds in range(_TRIAL_ROUNDS):
+        if num_rounds and time.perf_counter() - began > _TRIAL_SECONDS:
+            break
+        for name, product in candidates.items():
+            give_threads(product, num_threads)
+            for rows in _TRIAL_ROWS:
+                start = time.perf_counter()
                 for x, weight in zip(inputs[rows], weights, strict=True):
                     product(x, weight, None)
-                best[name][rows] = min(best[name][rows], (time.perf_counter() - began) * 1e3)
-        num_rounds += 1
-    name = min(candidates, key=lambda name: math.prod(best[name].values()))
-    if name == "openblas":
-        torch.set_num_threads(1)
+                best[name][rows] = min(best[name][rows], (time.perf_counter() - start) * 1e3)
+            time.sleep(_SPIN_SECONDS if num_threads > 1 else 0)
+    cost = {name: math.sqrt(math.prod(times.values())) for name, times in best.items()}
+    needed = _CLEAR_WIN if num_threads > 1 else 1.0
+    name = "openblas" if cost["openblas"] < needed * cost["torch"] else "torch"
+    give_threads(candidates[name], num_threads)
     return CpuProductChoice(candidates[name], name, best)
 
 

@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_NAMES_SHOWN = 3
 _ROWS_COMPARED = 4096
-# Products of a smaller model are dispatch, not memory traffic: there is nothing to choose.
-_LEAST_MEASURED_BYTES = 64 * 1024**2
 
 
 def load_model(
@@ -47,7 +45,7 @@ def load_model(
     """Build the checkpoint's decoder on `device` with all weights in `dtype`.
 
     progress(tensors loaded, tensors in all) is called after each tensor. product: the library behind the
-    linear layers; None measures which is fastest here, in less than half a second, once a process.
+    linear layers; None measures which is fastest here, in less than half a second, and sets its threads.
     Raises CheckpointError naming the file, and the tensor or configuration key at fault.
     """
     family = find_family(checkpoint)
@@ -60,7 +58,10 @@ def load_model(
 
 
 def choose_product(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> LinearProduct:
-    """The product library for a model of this shape; only float32 on a CPU has more than one."""
+    """The product library for a model of this shape; only float32 on a CPU has more than one.
+
+    Sets the number of threads of the libraries within torch's present number (see `kernels/linear.py`).
+    """
     if device.type != "cpu" or dtype != torch.float32:
         return linear_ref
     query_size, kv_size = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
@@ -70,9 +71,6 @@ def choose_product(config: ModelConfig, *, device: torch.device, dtype: torch.dt
         (2 * config.intermediate_size, config.hidden_size),
         (config.hidden_size, config.intermediate_size),
     )
-    num_bytes = config.num_layers * sum(rows * columns for rows, columns in shapes) * dtype.itemsize
-    if num_bytes < _LEAST_MEASURED_BYTES:
-        return linear_ref
     choice = choose_cpu_product(shapes, num_threads=torch.get_num_threads())
     logger.info("linear layers by %s (ms at 1 and 16 rows: %s)", choice.name, choice.milliseconds)
     return choice.product

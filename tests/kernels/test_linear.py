@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -73,13 +75,28 @@ def test_openblas_takes_the_number_of_threads() -> None:
     assert set_openblas_threads(1) and num_threads() == 1
 
 
-def test_the_choice_is_the_faster_of_the_measured() -> None:
-    choice = choose_cpu_product([(96, 64), (64, 96)], num_threads=1)
-    assert choice.product is {"torch": linear_ref, "openblas": linear_openblas}[choice.name]
-    if choice.milliseconds:
-        cost = {name: times[1] * times[16] for name, times in choice.milliseconds.items()}
-        assert choice.name == min(cost, key=lambda name: cost[name])
-    if choice.name == "openblas":
-        assert torch.get_num_threads() == 1, "only one pool of threads works"
-    result = choice.product(torch.eye(3), torch.ones(2, 3), None)
-    assert torch.equal(result, torch.ones(3, 2))
+def test_the_choice_is_the_faster_of_the_measured_and_has_the_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        choice = choose_cpu_product([(512, 640), (640, 512)], num_threads=2)
+        assert choice.product is {"torch": linear_ref, "openblas": linear_openblas}[choice.name]
+        assert torch.get_num_threads() == (2 if choice.name == "torch" else 1)
+        if choice.name == "openblas":
+            times = choice.milliseconds
+            assert math.prod(times["openblas"].values()) < math.prod(times["torch"].values())
+        assert torch.equal(choice.product(torch.eye(3), torch.ones(2, 3), None), torch.ones(3, 2))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("shape", "num_threads"), [((4096, 4096), 64), ((96, 64), 2)])
+def test_on_many_cores_and_for_tiny_models_torch_is_taken_untried(
+    shape: tuple[int, int], num_threads: int
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        choice = choose_cpu_product([shape], num_threads=num_threads)
+        assert (choice.name, choice.product, choice.milliseconds) == ("torch", linear_ref, {})
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
