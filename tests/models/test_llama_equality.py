@@ -354,5 +354,5 @@ def test_a_decoder_that_counts_positions_anew_in_each_chunk_fails() -> None:
     ours = paged(model)
     ours.step([(0, token_ids[:15])])
     forward = ours.model.forward
-    ours.model.forward = lambda ids, positions, **rest: forward(ids, positions - 15, **rest)  # type: ignore
+    ours.model.forward = lambda ids, positions, **rest: forward(ids, positions - 15, **rest)  # type: ignore[method-assign]
     assert error(ours.step([(0, token_ids[15:])]), theirs(model, token_ids)[15:]) > TOLERANCE
