@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from graphllm.kernels.rms_norm import rms_norm
+from graphllm.kernels.rms_norm import add_rms_norm, rms_norm
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -46,3 +46,41 @@ def test_result_is_rounded_before_the_weight_as_transformers_does() -> None:
     ours = rms_norm(x, norm.weight.detach(), eps=1e-3)
     # Last bits of the float32 reduction may fall on either side of a rounding to bfloat16.
     assert (ours != norm(x)).float().mean() < 0.01
+
+
+def test_unit_offset_multiplies_in_float32_before_rounding_as_gemma_does() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 40).bfloat16()
+    norm = Gemma3RMSNorm(40, eps=1e-3).bfloat16()
+    norm.weight.data.normal_()
+    ours = rms_norm(x, norm.weight.detach(), eps=1e-3, unit_offset=True)
+    assert ours.dtype == torch.bfloat16 and (ours != norm(x)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_add_is_the_addition_and_the_norm_one_after_the_other(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((5, 48), (5, 48), (48,)))
+    for unit_offset in (False, True):
+        summed, out = residual.clone(), torch.full_like(x, torch.nan)
+        assert add_rms_norm(x, summed, weight, eps=1e-3, unit_offset=unit_offset, out=out) is out
+        assert torch.equal(summed, residual + x)
+        assert torch.equal(out, rms_norm(residual + x, weight, eps=1e-3, unit_offset=unit_offset))
+
+
+def test_chosen_rows_are_normed_and_the_residual_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(5, 48), torch.randn(5, 48), torch.randn(48)
+    rows, before, out = torch.tensor([4, 0, 4, 1, 2, 2]), residual.clone(), torch.empty(6, 48)
+    add_rms_norm(x, residual, weight, eps=1e-3, rows=rows, out=out)
+    assert torch.equal(residual, before)
+    assert torch.equal(out, rms_norm((x + residual)[rows], weight, eps=1e-3))
+
+
+def test_norm_may_replace_its_input() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    expected = rms_norm(x, weight, eps=1e-6)
+    assert torch.equal(rms_norm(x, weight, eps=1e-6, out=x), expected)
+    assert torch.equal(x, expected)
