@@ -32,11 +32,28 @@ _BYTE_UNITS = {
     "tib": 1024**4,
 }
 
+# GiB that the driver reports as the card's total, rounded down; what is really there decides at start.
+_CARD_GIB = {
+    "a10g": 22.0,
+    "a100-40": 39.3,
+    "a100-80": 79.1,
+    "b200": 178.3,
+    "h100": 79.1,
+    "h100-nvl": 93.0,
+    "h200": 139.7,
+    "l4": 22.0,
+    "l40s": 44.3,
+    "rtx-3090": 23.5,
+    "rtx-4090": 23.5,
+    "rtx-5090": 31.3,
+}
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command-line flag.
 
-    metadata: `choices`, `metavar`, `parse` (text to value), `flag` (another name than the field's).
+    metadata: `choices`, `metavar`, `parse` (text to value; of a tuple, each argument to a part of it),
+    `flag` (another name than the field's).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -49,19 +66,48 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _BYTE_UNITS[match[2]])
 
 
+def parse_card(text: str) -> int:
+    """The name of a card, or a size, to the bytes of its memory. Raises ConfigError."""
+    gib = _CARD_GIB.get(text.strip().lower().replace(" ", "-"))
+    if gib is not None:
+        return int(gib * 1024**3)
+    try:
+        return parse_bytes(text)
+    except ConfigError:
+        raise ConfigError(
+            f"{text!r} is neither a card that is known ({', '.join(_CARD_GIB)}) nor a size such as 24GiB."
+        ) from None
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`"1 2 4"` or `"1,2,4"` to (1, 2, 4), in the order given. Raises ConfigError."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise ConfigError(f"{text!r} is not a list of sizes; write for example 1,2,4,8.")
+    return tuple(int(word) for word in words)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The model, where it runs, and how much of it at once."""
 
     model: str = option(
         DEMO_MODEL,
-        "A folder in Hugging Face layout, a .gguf file, or 'demo' (SmolLM2-135M-Instruct, fetched once).",
+        "A folder in Hugging Face layout, a .gguf file, or 'demo' (SmolLM2-135M-Instruct, fetched once); "
+        "with --load-format dummy also a config.json, by whatever name.",
         metavar="PATH",
+    )
+    load_format: str = option(
+        "auto",
+        "Where the weights come from: auto reads the checkpoint, dummy draws random ones of the same shapes, "
+        "to measure speed without a checkpoint.",
+        choices=("auto", "dummy"),
     )
     device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     dtype: str = option(
         "auto",
-        "Number format of weights and activations; auto is float32 on a CPU.",
+        "Number format of weights and activations; auto is float32 on a CPU, and on CUDA the checkpoint's "
+        "own where that is bfloat16 or float16, else bfloat16.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     max_model_len: int | None = option(
@@ -69,15 +115,36 @@ class EngineConfig:
     )
     max_num_seqs: int = option(64, "Most sequences in one step.")
     max_num_batched_tokens: int | None = option(
-        None, "Most tokens in one step, prompt chunks and decodes together; by default 256 on a CPU."
+        None,
+        "Most tokens in one step, prompt chunks and decodes together; by default 256 on a CPU, 2048 on CUDA.",
     )
     block_size: int = option(16, "Tokens in a KV block.", choices=(8, 16, 32, 64, 128))
+    gpu_memory_utilization: float = option(
+        0.9,
+        "Share of a CUDA device's memory that may be in use, above 0 and at most 1. What other processes "
+        "use, weights, activations and graphs come first; the KV cache takes the rest.",
+    )
     kv_cache_memory_bytes: int | None = option(
         None,
-        "Memory for the KV cache, for example 2GiB; by default a quarter of what is free, at most 4 GiB, "
-        "and never less than one sequence of full length.",
+        "Memory for the KV cache, for example 2GiB. By default, on CUDA, what --gpu-memory-utilization "
+        "leaves; on a CPU a quarter of what is free, at most 4 GiB, and never less than one sequence of "
+        "full length.",
         parse=parse_bytes,
         metavar="BYTES",
+    )
+    cudagraph_capture_sizes: tuple[int, ...] | None = option(
+        None,
+        "Numbers of sequences that get a decode graph each on CUDA, for example 1,2,4,8; by default 1, 2, 4 "
+        "and every eighth up to --max-num-seqs.",
+        parse=parse_sizes,
+        metavar="N",
+    )
+    enforce_eager: bool = option(
+        False, "Capture no CUDA graphs and launch kernel by kernel: slow, for debugging."
+    )
+    eager_capture: bool = option(
+        False,
+        "Capture all CUDA graphs before serving, instead of while serving, when the traffic wants them.",
     )
     seed: int = option(0, "Seeds the seeds of requests that bring none.")
     look_ahead: bool = option(True, "Launch the next step before this one's tokens are seen.")
@@ -89,6 +156,33 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "cpu_threads"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, "
+                f"not {self.gpu_memory_utilization:g}."
+            )
+        self._check_capture_sizes()
+
+    def _check_capture_sizes(self) -> None:
+        if self.enforce_eager:
+            for name in ("eager_capture", "cudagraph_capture_sizes"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"--enforce-eager captures no graphs; it cannot go with --{name.replace('_', '-')}."
+                    )
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
+            return
+        if not sizes:
+            raise ConfigError("--cudagraph-capture-sizes is empty; --enforce-eager captures no graphs.")
+        for size in sizes:
+            if not 1 <= size <= self.max_num_seqs:
+                raise ConfigError(
+                    f"--cudagraph-capture-sizes must lie between 1 and --max-num-seqs {self.max_num_seqs}, "
+                    f"not {size}."
+                )
+        if len(set(sizes)) != len(sizes):
+            raise ConfigError("--cudagraph-capture-sizes names a size twice.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +203,23 @@ class ServerConfig:
         _check_positive("max_body_bytes", self.max_body_bytes)
         if not 0 <= self.drain_timeout < math.inf:
             raise ConfigError(f"--drain-timeout must be a number of seconds, not {self.drain_timeout}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What `graphllm plan` is asked beside the engine's own flags."""
+
+    gpu: str | None = option(
+        None,
+        f"The card to plan for: {', '.join(_CARD_GIB)}, or its memory, for example 24GiB.",
+        metavar="CARD",
+    )
+    json: bool = option(False, "Print JSON, bytes as integers.")
+
+    def __post_init__(self) -> None:
+        if self.gpu is None:
+            raise ConfigError("--gpu is missing: name a card, for example h100, or its memory.")
+        parse_card(self.gpu)
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import graphllm
 from graphllm import cli
-from graphllm.config import EngineConfig, ServerConfig
+from graphllm.config import EngineConfig, PlanConfig, ServerConfig
 from graphllm.errors import CheckpointError, ConfigError
 
 FIELDS = [(config, field) for config in (EngineConfig, ServerConfig) for field in dataclasses.fields(config)]
@@ -21,11 +21,14 @@ OTHER_VALUES = {
     "api_key": ("secret", "secret"),
     "block_size": ("32", 32),
     "cpu_threads": ("3", 3),
+    "cudagraph_capture_sizes": ("1,2,4", (1, 2, 4)),
     "device": ("cpu", "cpu"),
     "drain_timeout": ("1.5", 1.5),
     "dtype": ("bfloat16", "bfloat16"),
+    "gpu_memory_utilization": ("0.5", 0.5),
     "host": ("0.0.0.0", "0.0.0.0"),
     "kv_cache_memory_bytes": ("1.5GiB", 3 * 2**29),
+    "load_format": ("dummy", "dummy"),
     "log_level": ("debug", "debug"),
     "max_body_bytes": ("10MB", 10_000_000),
     "max_model_len": ("512", 512),
@@ -94,6 +97,25 @@ def test_a_switch_can_be_named_in_both_directions() -> None:
     assert parse("--no-look-ahead")[0].look_ahead is False
 
 
+def test_plan_takes_the_engine_s_flags_and_its_own() -> None:
+    found = cli.parse_plan_configs(["--gpu", "l4", "--json", "--model", "m", "--max-num-seqs", "8"])
+    assert found == (EngineConfig(model="m", max_num_seqs=8), PlanConfig(gpu="l4", json=True))
+    text = " ".join(cli.build_plan_parser().format_help().split())
+    assert "graphllm plan --gpu CARD [options]" in text
+    for config in (EngineConfig, PlanConfig):
+        for field in dataclasses.fields(config):
+            assert field.metadata["help"] in text
+    assert "--port" not in text
+    assert "graphllm plan --gpu CARD" in cli.build_parser().format_help()
+
+
+def test_a_list_is_one_argument_or_several() -> None:
+    for arguments in (["1", "2", "4"], ["1,2,4"], ["1 2 4"], ["1,2", "4"]):
+        engine_config, server_config = parse("--cudagraph-capture-sizes", *arguments, "--port", "1")
+        assert engine_config.cudagraph_capture_sizes == (1, 2, 4)
+        assert server_config.port == 1
+
+
 @pytest.mark.parametrize(("config", "field"), FIELDS, ids=lambda value: getattr(value, "name", ""))
 def test_help_names_every_flag_with_its_help(
     config: type[EngineConfig], field: dataclasses.Field[object]
@@ -118,12 +140,26 @@ def test_help_shows_defaults() -> None:
         (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1, not 0."),
         (["--max-model-len", "-1"], "--max-model-len must be at least 1, not -1."),
         (["--kv-cache-memory-bytes", "2 cows"], "argument --kv-cache-memory-bytes: '2 cows' is not a size"),
+        (
+            ["--gpu-memory-utilization", "1.5"],
+            "--gpu-memory-utilization must be above 0 and at most 1, not 1.5.",
+        ),
+        (
+            ["--cudagraph-capture-sizes", "1", "two"],
+            "argument --cudagraph-capture-sizes: 'two' is not a list of sizes",
+        ),
+        (["--cudagraph-capture-sizes"], "argument --cudagraph-capture-sizes: expected at least one argument"),
+        (["--load-format", "gguf"], "argument --load-format: invalid choice: 'gguf'"),
         (["--block-size", "7"], "argument --block-size: invalid choice: 7"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--modle", "x"], "unrecognized arguments: --modle x"),
         (["--mod", "x"], "unrecognized arguments: --mod x"),
         (["--model"], "argument --model: expected one argument"),
         (["sevre"], "unrecognized arguments: sevre"),
+        (["plan"], "--gpu is missing: name a card, for example h100, or its memory."),
+        (["plan", "--gpu", "abacus"], "'abacus' is neither a card that is known"),
+        (["plan", "--gpu", "l4", "--port", "1"], "unrecognized arguments: --port 1"),
+        (["--gpu", "l4"], "unrecognized arguments: --gpu l4"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -195,7 +231,7 @@ def test_python_m_exits_with_2_for_a_mistake() -> None:
     assert done.stderr.startswith("graphllm: error: ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--port", "-1"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--port", "-1"], ["plan", "--help"]])
 def test_quick_answers_do_not_wait_for_torch(arguments: list[str]) -> None:
     script = (
         "import sys\n"

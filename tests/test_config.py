@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from graphllm.config import EngineConfig, ServerConfig, parse_bytes
+from graphllm.config import EngineConfig, PlanConfig, ServerConfig, parse_bytes, parse_card, parse_sizes
 from graphllm.errors import ConfigError
 
 
@@ -88,3 +88,56 @@ def test_a_body_limit_below_one_byte_is_refused() -> None:
 def test_optional_limits_may_stay_open() -> None:
     config = EngineConfig(max_model_len=None, max_num_batched_tokens=None, kv_cache_memory_bytes=None)
     assert config == EngineConfig()
+
+
+@pytest.mark.parametrize("text", ["1,2,8", "1 2 8", " 1, 2 ,8 ", "1\t2 8"])
+def test_a_list_of_sizes_is_read_with_commas_or_spaces(text: str) -> None:
+    assert parse_sizes(text) == (1, 2, 8)
+
+
+@pytest.mark.parametrize("text", ["", ",", "one", "1-8", "1.5", "-1", "1;2", "\u0661"])
+def test_what_is_not_a_list_of_sizes_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a list of sizes") as caught:
+        parse_sizes(text)
+    assert repr(text) in caught.value.message
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan"), float("inf")])
+def test_a_share_of_the_device_s_memory_is_above_0_and_at_most_1(share: float) -> None:
+    assert EngineConfig(gpu_memory_utilization=1.0).gpu_memory_utilization == 1.0
+    with pytest.raises(ConfigError, match=f"must be above 0 and at most 1, not {share:g}"):
+        EngineConfig(gpu_memory_utilization=share)
+
+
+def test_capture_sizes_lie_within_the_sequences_of_a_step() -> None:
+    assert EngineConfig(max_num_seqs=8, cudagraph_capture_sizes=(8, 1)).cudagraph_capture_sizes == (8, 1)
+    for sizes in ((1, 9), (0, 1)):
+        with pytest.raises(ConfigError, match="between 1 and --max-num-seqs 8, not"):
+            EngineConfig(max_num_seqs=8, cudagraph_capture_sizes=sizes)
+    with pytest.raises(ConfigError, match="names a size twice"):
+        EngineConfig(cudagraph_capture_sizes=(1, 2, 1))
+    with pytest.raises(ConfigError, match="is empty"):
+        EngineConfig(cudagraph_capture_sizes=())
+
+
+@pytest.mark.parametrize("other", [{"eager_capture": True}, {"cudagraph_capture_sizes": (1,)}])
+def test_no_graphs_and_a_wish_for_graphs_contradict_each_other(other: dict[str, object]) -> None:
+    (name,) = other
+    with pytest.raises(ConfigError, match=f"--enforce-eager captures no graphs.*{name.replace('_', '-')}"):
+        EngineConfig(enforce_eager=True, **other)
+
+
+def test_a_card_is_known_by_name_or_by_its_memory() -> None:
+    assert parse_card("h100") == int(79.1 * 2**30)
+    assert parse_card("RTX 4090") == parse_card("rtx-4090") < parse_card("rtx-5090")
+    assert parse_card("24GiB") == 24 * 2**30
+    with pytest.raises(ConfigError, match=r"'h1000' is neither a card that is known \(.*h100.*\) nor a size"):
+        parse_card("h1000")
+
+
+def test_a_plan_is_of_a_card() -> None:
+    assert PlanConfig(gpu="l4").gpu == "l4"
+    with pytest.raises(ConfigError, match="--gpu is missing"):
+        PlanConfig()
+    with pytest.raises(ConfigError, match="'abacus' is neither a card"):
+        PlanConfig(gpu="abacus")

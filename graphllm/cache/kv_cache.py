@@ -25,9 +25,17 @@ class KVCacheShape:
     dtype: torch.dtype
 
     @property
+    def has_scales(self) -> bool:
+        """Whether keys and values are stored in 8 bits, with a float32 scale for each token and head."""
+        return self.dtype.itemsize == 1
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of KV a token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of KV a token takes over all layers, scales included."""
+        bytes_per_head = self.head_dim * self.dtype.itemsize
+        if self.has_scales:
+            bytes_per_head += torch.float32.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * bytes_per_head
 
     @property
     def bytes_per_block(self) -> int:
@@ -36,10 +44,12 @@ class KVCacheShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """key, value: [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """key, value: [num_blocks, block_size, num_kv_heads, head_dim]. The scales belong to 8-bit formats."""
 
     key: torch.Tensor
     value: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
 
 class KVCache:
@@ -51,19 +61,24 @@ class KVCache:
         self.shape = shape
         self.num_blocks = num_blocks
         size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+
+        def pool() -> torch.Tensor:
+            return _zeros(size, dtype=shape.dtype, device=device)
+
+        def scales() -> torch.Tensor | None:
+            return _zeros(size[:3], dtype=torch.float32, device=device) if shape.has_scales else None
+
         self.layers = [
-            LayerKV(
-                key=_zeros(size, dtype=shape.dtype, device=device),
-                value=_zeros(size, dtype=shape.dtype, device=device),
-            )
+            LayerKV(key=pool(), value=pool(), key_scale=scales(), value_scale=scales())
             for _ in range(shape.num_layers)
         ]
 
     def copy_blocks(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
         """Copy whole blocks in every layer. sources, destinations: [num_copies] int64."""
         for layer in self.layers:
-            layer.key.index_copy_(0, destinations, layer.key.index_select(0, sources))
-            layer.value.index_copy_(0, destinations, layer.value.index_select(0, sources))
+            for pool in (layer.key, layer.value, layer.key_scale, layer.value_scale):
+                if pool is not None:
+                    pool.index_copy_(0, destinations, pool.index_select(0, sources))
 
 
 def _zeros(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

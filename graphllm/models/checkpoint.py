@@ -1,8 +1,9 @@
 """What a source of weights offers, and which source a path is.
 
-Owns the `Checkpoint` protocol, `open_checkpoint` (folder or GGUF file) and `resolve_model_path`
-(what `--model` may say). Does not know model families: a checkpoint hands out Hugging Face names,
-Hugging Face config keys and tensors, and `weights.py` turns them into parameters.
+Owns the `Checkpoint` protocol, `open_model` (folder, GGUF file, or for random weights a configuration
+alone) and `resolve_model_path` (what `--model` may say). Does not know model families: a checkpoint
+hands out Hugging Face names, Hugging Face config keys and tensors, and `weights.py` turns them into
+parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from graphllm.config import DEMO_MODEL
 from graphllm.errors import CheckpointError
 from graphllm.models.demo import demo_model_path
+from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
 from graphllm.models.safetensors_folder import FolderCheckpoint
@@ -55,6 +57,11 @@ class Checkpoint(Protocol):
         ...
 
 
+def open_model(path: Path, load_format: str) -> Checkpoint | DummyCheckpoint:
+    """Open what `--load-format` asks for. Raises CheckpointError, naming the file."""
+    return DummyCheckpoint(path) if load_format == "dummy" else open_checkpoint(path)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder in Hugging Face layout or a GGUF file; nothing is loaded but headers.
 
@@ -71,6 +78,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: a weights file alone is not enough; give the folder that holds it "
             "together with config.json and tokenizer.json."
         )
+    if path.suffix == ".json":
+        raise CheckpointError(
+            f"{path}: a configuration alone has no weights; --load-format dummy draws random ones."
+        )
     raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a GGUF file.")
 
 
@@ -85,7 +96,8 @@ def resolve_model_path(name: str) -> Path:
     if os.path.exists(path):
         return path
     parts = name.split("/")
-    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and path.suffix != ".gguf":
+    is_a_file_name = path.suffix in (".gguf", ".json")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not is_a_file_name:
         raise CheckpointError(
             f"{name}: no such file or folder. If a repository on the Hugging Face Hub is meant: "
             "downloads are not supported yet; fetch it yourself and give the local folder."

@@ -16,7 +16,12 @@ _ACTIVATIONS = {
 
 
 def read_decoder_config(
-    config: HFConfig, *, attention_bias: bool, attention_output_bias: bool, mlp_bias: bool
+    config: HFConfig,
+    *,
+    attention_bias: bool,
+    attention_output_bias: bool,
+    mlp_bias: bool,
+    qk_norm: bool = False,
 ) -> ModelConfig:
     """Everything but the switches that families name differently, which are passed in.
 
@@ -51,6 +56,7 @@ def read_decoder_config(
         attention_bias=attention_bias,
         attention_output_bias=attention_output_bias,
         mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
         activation=config.choice("hidden_act", _ACTIVATIONS, default="silu"),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         dtype=config.dtype(),

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
 from graphllm.errors import CheckpointError
 from graphllm.models.config import ModelConfig
 from graphllm.models.families.llama import LLAMA
+from graphllm.models.families.qwen3 import QWEN3
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 
-if TYPE_CHECKING:
-    from graphllm.models.checkpoint import Checkpoint
-
-FAMILIES = (LLAMA,)
+FAMILIES = (LLAMA, QWEN3)
 
 
-def find_family(checkpoint: Checkpoint) -> Family:
+class Configured(Protocol):
+    """What has config.json's content, read from `path`: a checkpoint, or one without weights."""
+
+    path: Path
+    hf_config: dict[str, Any]
+
+
+def find_family(checkpoint: Configured) -> Family:
     """By "architectures" of the configuration. Raises CheckpointError that lists what is served."""
     architectures = checkpoint.hf_config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -33,7 +39,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
     )
 
 
-def read_model_config(checkpoint: Checkpoint, family: Family) -> ModelConfig:
+def read_model_config(checkpoint: Configured, family: Family) -> ModelConfig:
     """The checkpoint's mathematics. Raises CheckpointError for any key that is not understood."""
     reader = HFConfig(checkpoint.hf_config, checkpoint.path)
     config = family.read_config(reader)

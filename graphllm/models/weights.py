@@ -16,10 +16,11 @@ import torch
 
 from graphllm.attention.backend import AttentionBackend
 from graphllm.errors import CheckpointError
-from graphllm.kernels.linear import LinearProduct, choose_cpu_product, linear_ref
+from graphllm.kernels.linear import LinearProduct, choose_cpu_product, gpu_product, linear_ref
 from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
+from graphllm.models.dummy import DummyCheckpoint, fill_random
 from graphllm.models.family import Family
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.quant.unquantized import Unquantized
@@ -31,10 +32,11 @@ logger = logging.getLogger(__name__)
 
 _MAX_NAMES_SHOWN = 3
 _ROWS_COMPARED = 4096
+_DUMMY_SEED = 0
 
 
 def load_model(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | DummyCheckpoint,
     *,
     backend: AttentionBackend,
     device: torch.device,
@@ -44,6 +46,7 @@ def load_model(
 ) -> Decoder:
     """Build the checkpoint's decoder on `device` with all weights in `dtype`.
 
+    A dummy checkpoint's weights are drawn at random, always the same.
     progress(tensors loaded, tensors in all) is called after each tensor. product: the library behind the
     linear layers; None measures which is fastest here, in less than half a second, and sets its threads.
     Raises CheckpointError naming the file, and the tensor or configuration key at fault.
@@ -53,17 +56,19 @@ def load_model(
     if product is None:
         product = choose_product(config, device=device, dtype=dtype)
     model = Decoder(config, backend=backend, scheme=Unquantized(product), device=device, dtype=dtype)
-    load_weights(model, checkpoint, family=family, progress=progress)
+    if isinstance(checkpoint, DummyCheckpoint):
+        fill_random(model, seed=_DUMMY_SEED)
+    else:
+        load_weights(model, checkpoint, family=family, progress=progress)
     return model.eval()
 
 
 def choose_product(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> LinearProduct:
-    """The product library for a model of this shape; only float32 on a CPU has more than one.
+    """The product library for a model of this shape.
 
-    Sets the number of threads of the libraries within torch's present number (see `kernels/linear.py`).
+    On a card each product takes what was measured to be fastest there. In float32 on a CPU two libraries
+    are timed, and the number of their threads is set within torch's present one (`kernels/linear.py`).
     """
-    if device.type != "cpu" or dtype != torch.float32:
-        return linear_ref
     query_size, kv_size = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     shapes = (
         (query_size + 2 * kv_size, config.hidden_size),
@@ -71,6 +76,11 @@ def choose_product(config: ModelConfig, *, device: torch.device, dtype: torch.dt
         (2 * config.intermediate_size, config.hidden_size),
         (config.hidden_size, config.intermediate_size),
     )
+    if device.type == "cuda":
+        head = (config.vocab_size, config.hidden_size)
+        return gpu_product((*shapes, head), dtype=dtype, device=device)
+    if dtype != torch.float32:
+        return linear_ref
     choice = choose_cpu_product(shapes, num_threads=torch.get_num_threads())
     logger.info("linear layers by %s (ms at 1 and 16 rows: %s)", choice.name, choice.milliseconds)
     return choice.product

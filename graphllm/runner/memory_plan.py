@@ -1,102 +1,240 @@
 """How much of what there is: sequence length, step size, slots, KV blocks.
 
-Owns the arithmetic from the user's configuration and the model's shape to a `MemoryPlan`; measures
-free memory. Allocates nothing.
+Owns the arithmetic from the user's configuration and the model's shape to a `MemoryPlan`, and the
+refusals that say what to change and by how much. What is measured comes in as numbers, so that
+`graphllm plan` does the same arithmetic with estimates. Allocates nothing.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from graphllm.cache.kv_cache import KVCacheShape
 from graphllm.config import EngineConfig
 from graphllm.errors import ConfigError
 
-_GIB = 1024**3
+GIB = 1024**3
 _DEFAULT_KV_FRACTION = 0.25
-_DEFAULT_KV_LIMIT = 4 * _GIB
-_DEFAULT_CPU_BATCHED_TOKENS = 256
+_DEFAULT_KV_LIMIT = 4 * GIB
+_DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
+# Above this share of the device's memory nobody is advised to go: the driver and libraries need some.
+_LARGEST_ADVISED_UTILIZATION = 0.97
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """What the engine works out from the configuration; never written back to it.
+class StepLimits:
+    """What bounds a step; known before the memory is.
 
     num_slots exceeds max_num_seqs, so that a sequence whose slot still waits behind a fence does
-    not keep the next one out. num_blocks counts the null block.
+    not keep the next one out.
     """
 
     max_model_len: int
     max_num_batched_tokens: int
     num_slots: int
-    num_blocks: int
     block_size: int
-    bytes_per_block: int
 
     @property
     def max_blocks_per_sequence(self) -> int:
         return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan(StepLimits):
+    """What the engine works out from the configuration; never written back to it.
+
+    num_blocks counts the null block.
+    """
+
+    num_blocks: int
+    bytes_per_block: int
 
     @property
     def kv_cache_bytes(self) -> int:
         return self.num_blocks * self.bytes_per_block
 
 
-def plan_memory(
-    config: EngineConfig, kv_shape: KVCacheShape, *, model_context: int, free_bytes: int
-) -> MemoryPlan:
-    """Fit the KV cache into `free_bytes` (memory left beside the weights).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """What is known of an accelerator's memory when the KV cache is planned, in bytes.
 
-    Raises ConfigError that says which flag to change and to what.
+    free_bytes_at_start: before the weights came; what is then in use belongs to other processes and to
+    the device's own libraries. free_bytes_after_weights: with the weights there and none of the
+    following. arena_bytes: intermediates of the largest step. table_bytes: slot tables and logits.
+    graph_bytes: what all captured graphs will take. The last three are still to come, so they are taken
+    off what is free.
     """
+
+    total_bytes: int
+    free_bytes_at_start: int
+    free_bytes_after_weights: int
+    arena_bytes: int
+    table_bytes: int = 0
+    graph_bytes: int = 0
+
+    @property
+    def other_bytes(self) -> int:
+        """In use before the weights came."""
+        return self.total_bytes - self.free_bytes_at_start
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.free_bytes_at_start - self.free_bytes_after_weights
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is still to come beside the KV cache."""
+        return self.arena_bytes + self.table_bytes + self.graph_bytes
+
+    @property
+    def most_kv_bytes(self) -> int:
+        """All that is left for the KV cache on the device; below 0 when nothing is."""
+        return self.free_bytes_after_weights - self.reserved_bytes
+
+    def kv_bytes(self, utilization: float) -> int:
+        """What is left when so large a share of the device may be in use; below 0 when nothing is."""
+        return self.most_kv_bytes - math.ceil(self.total_bytes * (1.0 - utilization))
+
+
+def plan_limits(config: EngineConfig, *, model_context: int, device_type: str) -> StepLimits:
+    """The limits of a step on a device of this type ("cpu", "cuda"). Raises ConfigError."""
     max_model_len = config.max_model_len or model_context
     if max_model_len > model_context:
         raise ConfigError(
             f"--max-model-len {max_model_len} is longer than the model's context of {model_context} tokens."
         )
     max_num_batched_tokens = config.max_num_batched_tokens or max(
-        _DEFAULT_CPU_BATCHED_TOKENS, config.max_num_seqs
+        _DEFAULT_BATCHED_TOKENS[device_type], config.max_num_seqs
     )
     if max_num_batched_tokens < config.max_num_seqs:
         raise ConfigError(
             f"--max-num-batched-tokens {max_num_batched_tokens} is below --max-num-seqs "
             f"{config.max_num_seqs}: every running sequence must fit in a step."
         )
-    # One block beyond a full sequence is the null block; `n` > 1 at full length preempts, but runs.
-    fewest_blocks = -(-max_model_len // config.block_size) + 1
-    least_bytes = fewest_blocks * kv_shape.bytes_per_block
-    asked = config.kv_cache_memory_bytes
-    wanted = asked or max(least_bytes, min(_DEFAULT_KV_LIMIT, int(free_bytes * _DEFAULT_KV_FRACTION)))
-    if least_bytes > wanted or wanted > free_bytes:
-        _refuse(kv_shape, max_model_len, wanted=wanted, least_bytes=least_bytes, free_bytes=free_bytes)
-    # Beyond every slot at full length, blocks would never be used.
-    most_blocks = config.max_num_seqs * (fewest_blocks - 1) + 1
-    return MemoryPlan(
+    return StepLimits(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         num_slots=config.max_num_seqs + max(2, config.max_num_seqs // 8),
-        num_blocks=min(wanted // kv_shape.bytes_per_block, most_blocks),
         block_size=config.block_size,
+    )
+
+
+def plan_memory(
+    config: EngineConfig, kv_shape: KVCacheShape, *, model_context: int, free_bytes: int
+) -> MemoryPlan:
+    """Fit the KV cache into a host's `free_bytes` (memory left beside the weights).
+
+    Raises ConfigError that says which flag to change and to what.
+    """
+    limits = plan_limits(config, model_context=model_context, device_type="cpu")
+    least_bytes = _least_bytes(limits, kv_shape)
+    asked = config.kv_cache_memory_bytes
+    wanted = asked or max(least_bytes, min(_DEFAULT_KV_LIMIT, int(free_bytes * _DEFAULT_KV_FRACTION)))
+    if asked is not None and asked < least_bytes <= free_bytes:
+        raise _asked_too_little(asked, limits, kv_shape=kv_shape)
+    if max(wanted, least_bytes) > free_bytes:
+        raise ConfigError(
+            f"The KV cache needs {_gib(max(wanted, least_bytes))} and {_gib(free_bytes)} are free: lower "
+            f"--kv-cache-memory-bytes to at most {max(0, free_bytes)}, and --max-model-len to at most "
+            f"{_fitting_tokens(free_bytes, kv_shape)} tokens."
+        )
+    return _plan(config, limits, kv_shape=kv_shape, kv_bytes=wanted)
+
+
+def plan_device_memory(
+    config: EngineConfig, kv_shape: KVCacheShape, *, limits: StepLimits, memory: DeviceMemory
+) -> MemoryPlan:
+    """Fit the KV cache into what `--gpu-memory-utilization` leaves, or as `--kv-cache-memory-bytes` says.
+
+    Raises ConfigError that says which flags to change and to what.
+    """
+    asked = config.kv_cache_memory_bytes
+    kv_bytes = memory.kv_bytes(config.gpu_memory_utilization) if asked is None else asked
+    if asked is not None and asked > memory.most_kv_bytes:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {asked} ({_gib(asked)}) is more than is left: {_account(memory)}. "
+            f"Lower it to at most {max(0, memory.most_kv_bytes)}."
+        )
+    least_bytes = _least_bytes(limits, kv_shape)
+    if asked is not None and asked < least_bytes:
+        raise _asked_too_little(asked, limits, kv_shape=kv_shape)
+    if kv_bytes < least_bytes:
+        share = f"--gpu-memory-utilization {config.gpu_memory_utilization:g}"
+        raise ConfigError(
+            f"Out of memory: one sequence of {limits.max_model_len} tokens needs a KV cache of "
+            f"{_gib(least_bytes)}, and {share} leaves {_gib(max(0, kv_bytes))}: {_account(memory)}. "
+            + _advice(config, limits, kv_shape=kv_shape, memory=memory)
+        )
+    return _plan(config, limits, kv_shape=kv_shape, kv_bytes=kv_bytes)
+
+
+def _plan(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape, kv_bytes: int) -> MemoryPlan:
+    # Beyond every sequence at full length, blocks would never be used.
+    most_blocks = config.max_num_seqs * limits.max_blocks_per_sequence + 1
+    return MemoryPlan(
+        **{field.name: getattr(limits, field.name) for field in fields(limits)},
+        num_blocks=min(kv_bytes // kv_shape.bytes_per_block, most_blocks),
         bytes_per_block=kv_shape.bytes_per_block,
     )
 
 
-def _refuse(
-    kv_shape: KVCacheShape, max_model_len: int, *, wanted: int, least_bytes: int, free_bytes: int
-) -> None:
-    if least_bytes > wanted and least_bytes <= free_bytes:
-        raise ConfigError(
-            f"--kv-cache-memory-bytes {wanted} holds {wanted // kv_shape.bytes_per_token} tokens, but one "
-            f"sequence of {max_model_len} needs {least_bytes} bytes: raise it, or lower --max-model-len to "
-            f"{max(1, wanted // kv_shape.bytes_per_block - 1) * kv_shape.block_size}."
-        )
-    fitting = (free_bytes // kv_shape.bytes_per_block - 1) * kv_shape.block_size
-    raise ConfigError(
-        f"The KV cache needs {max(wanted, least_bytes)} bytes and {free_bytes} are free: lower "
-        f"--kv-cache-memory-bytes to at most {free_bytes}, and --max-model-len to at most {max(0, fitting)}."
+def _least_bytes(limits: StepLimits, kv_shape: KVCacheShape) -> int:
+    """A full sequence and the null block; `n` > 1 at full length preempts, but runs."""
+    return (limits.max_blocks_per_sequence + 1) * kv_shape.bytes_per_block
+
+
+def _fitting_tokens(kv_bytes: int, kv_shape: KVCacheShape) -> int:
+    """The longest sequence that so much memory holds, in whole blocks."""
+    return max(0, kv_bytes // kv_shape.bytes_per_block - 1) * kv_shape.block_size
+
+
+def _asked_too_little(asked: int, limits: StepLimits, *, kv_shape: KVCacheShape) -> ConfigError:
+    least_bytes = _least_bytes(limits, kv_shape)
+    tokens = _fitting_tokens(asked, kv_shape)
+    advice = f", or lower --max-model-len to at most {tokens}" if tokens else ""
+    return ConfigError(
+        f"--kv-cache-memory-bytes {asked} ({_gib(asked)}) holds {tokens} tokens, but one sequence of "
+        f"{limits.max_model_len} needs {_gib(least_bytes)}: raise it to at least {least_bytes}{advice}."
     )
+
+
+def _account(memory: DeviceMemory) -> str:
+    """Where the device's memory goes, in words."""
+    parts = [f"{_gib(memory.weight_bytes)} are weights", f"{_gib(memory.arena_bytes)} the largest step's"]
+    if memory.table_bytes:
+        parts.append(f"{_gib(memory.table_bytes)} slot tables and logits")
+    if memory.graph_bytes:
+        parts.append(f"{_gib(memory.graph_bytes)} graphs")
+    parts.append(f"{_gib(memory.other_bytes)} were in use before")
+    return f"of {_gib(memory.total_bytes)}, " + ", ".join(parts)
+
+
+def _advice(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape, memory: DeviceMemory) -> str:
+    """Each single change that would do, with its number."""
+    kv_bytes = memory.kv_bytes(config.gpu_memory_utilization)
+    missing = _least_bytes(limits, kv_shape) - kv_bytes
+    changes = []
+    if tokens := _fitting_tokens(kv_bytes, kv_shape):
+        fewer = limits.max_model_len - tokens
+        changes.append(f"lower --max-model-len to at most {tokens} ({fewer} tokens fewer)")
+    bytes_per_step_token = memory.arena_bytes / limits.max_num_batched_tokens
+    if 0 < missing < memory.arena_bytes:
+        step_tokens = int((memory.arena_bytes - missing) / bytes_per_step_token)
+        if step_tokens >= config.max_num_seqs:
+            changes.append(f"lower --max-num-batched-tokens to about {step_tokens}")
+    utilization = math.ceil((config.gpu_memory_utilization + missing / memory.total_bytes) * 100) / 100
+    if utilization <= _LARGEST_ADVISED_UTILIZATION:
+        changes.append(f"raise --gpu-memory-utilization to at least {utilization:.2f}")
+    if not changes:
+        changes.append("that is more than any flag can give: take a smaller model or a larger device")
+    return f"{_gib(missing)} are missing: {'; or '.join(changes)}."
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def free_host_bytes() -> int:

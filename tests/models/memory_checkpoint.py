@@ -1,4 +1,4 @@
-"""A checkpoint held in memory, and tiny random Llama models that transformers computes the truth for."""
+"""A checkpoint held in memory, and tiny random models that transformers computes the truth for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 STANDARD_DEVIATION = 0.15  # wide enough that attention is far from uniform: mistakes show
 
@@ -40,34 +40,47 @@ class MemoryCheckpoint:
         raise AssertionError("these tests work on token ids")
 
 
+TINY_SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-2,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+}
+
+
 def tiny_llama(*, seed: int = 0, **config: Any) -> LlamaForCausalLM:
     """A random Llama of odd shape in float32; every parameter is redrawn, norms around 1."""
-    settings: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-2,
-        "tie_word_embeddings": False,
-        "attn_implementation": "eager",
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | config))).eval()
+    model = LlamaForCausalLM(LlamaConfig(**(TINY_SHAPE | config))).eval()
+    redraw(model, seed=seed)
+    return model
+
+
+def tiny_qwen3(*, seed: int = 0, **config: Any) -> Qwen3ForCausalLM:
+    """The same of Qwen3; its heads do not fill the hidden size."""
+    model = Qwen3ForCausalLM(Qwen3Config(**(TINY_SHAPE | {"head_dim": 16} | config))).eval()
+    redraw(model, seed=seed)
+    return model
+
+
+def redraw(model: PreTrainedModel, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
             if "norm" in name:
                 parameter.add_(1.0)
-    return model
 
 
-def as_checkpoint(model: LlamaForCausalLM) -> MemoryCheckpoint:
+def as_checkpoint(model: PreTrainedModel) -> MemoryCheckpoint:
     """What `save_pretrained` would write: a tied head is not stored."""
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    hf_config = model.config.to_diff_dict() | {"architectures": ["LlamaForCausalLM"]}
+    hf_config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     return MemoryCheckpoint(hf_config, tensors)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 import graphllm.layers.attention
 from graphllm.attention.paged import PagedAttention
@@ -18,15 +16,22 @@ from graphllm.layers.rotary import Llama3RopeScaling, YarnRopeScaling
 from graphllm.models.checkpoint import open_checkpoint
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder, DecoderLayer
-from graphllm.models.families.llama import LLAMA
-from graphllm.models.registry import read_model_config
-from graphllm.models.weights import load_model, load_weights
-from graphllm.quant.unquantized import Unquantized
+from graphllm.models.weights import load_model
+from tests.models import equality
+from tests.models.equality import (
+    CPU,
+    TOLERANCE,
+    ConfigMutation,
+    WeightMutation,
+    assert_equal_in_every_split,
+    error,
+    neutral_norm,
+    paged,
+    prompt,
+    theirs,
+)
 from tests.models.memory_checkpoint import as_checkpoint, tiny_llama
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
-
-TOLERANCE = 1e-4  # of the largest logit
-CPU = torch.device("cpu")
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,41 +80,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def prompt(length: int, *, seed: int = 0) -> list[int]:
-    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def theirs(model: LlamaForCausalLM, token_ids: Sequence[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
-    return logits
-
-
-def paged(model: LlamaForCausalLM, **options: Any) -> PagedModel:
-    backend = PagedAttention(block_size=BLOCK_SIZE)
-    settings = {"device": CPU, "dtype": torch.float32, "product": linear_ref} | options
-    return PagedModel(load_model(as_checkpoint(model), backend=backend, **settings), backend)
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest |logit|; NaN counts as infinite."""
-    return float(((found - expected).abs().max() / expected.abs().max()).nan_to_num(torch.inf))
-
-
 # -- equality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_prefill_chunks_and_decode_equal_transformers(variant: str) -> None:
-    model, token_ids = tiny_llama(**VARIANTS[variant]), prompt(90)
-    expected = theirs(model, token_ids)
-    ours = paged(model)
-    assert error(ours.step([(0, token_ids)]), expected) < TOLERANCE, "in one prefill"
-    chunks = [ours.step([(1, token_ids[start : start + 17])]) for start in range(0, 90, 17)]
-    assert error(torch.cat(chunks), expected) < TOLERANCE, "in chunks"
-    ours.step([(2, token_ids[:83])])
-    decoded = [ours.step([(2, [token_id])], num_decode_rows=1) for token_id in token_ids[83:]]
-    assert error(torch.cat(decoded), expected[83:]) < TOLERANCE, "token by token"
+    assert_equal_in_every_split(tiny_llama(**VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("product", [linear_ref, linear_openblas])
@@ -164,34 +140,9 @@ def test_a_row_does_not_change_with_its_neighbours() -> None:
 
 # -- mutants: each ignores one switch, and must be found out --------------------------------------
 
-ConfigMutation = Callable[[ModelConfig], ModelConfig]
-WeightMutation = Callable[[Decoder], None]
 
-
-def mutated_error(
-    variant: str,
-    *,
-    config: ConfigMutation = lambda config: config,
-    weights: WeightMutation = lambda model: None,
-) -> float:
-    """The error at prefill of a decoder whose configuration or loaded weights were tampered with."""
-    model, token_ids = tiny_llama(**VARIANTS[variant]), prompt(90)
-    checkpoint = as_checkpoint(model)
-    backend = PagedAttention(block_size=BLOCK_SIZE)
-    mutant = Decoder(
-        config(read_model_config(checkpoint, LLAMA)),
-        backend=backend,
-        scheme=Unquantized(linear_ref),
-        device=CPU,
-        dtype=torch.float32,
-    )
-    if not mutant.config.tie_word_embeddings and model.config.tie_word_embeddings:
-        checkpoint.tensors["lm_head.weight"] = torch.randn(97, 48)
-    if mutant.config.tie_word_embeddings and not model.config.tie_word_embeddings:
-        del checkpoint.tensors["lm_head.weight"]
-    load_weights(mutant, checkpoint, family=LLAMA)
-    weights(mutant)
-    return error(PagedModel(mutant, backend).step([(0, token_ids)]), theirs(model, token_ids))
+def mutated_error(variant: str, **mutations: Any) -> float:
+    return equality.mutated_error(tiny_llama(**VARIANTS[variant]), **mutations)
 
 
 def llama3(**changes: Any) -> ConfigMutation:
@@ -269,15 +220,6 @@ def zero_part(module: str, part: str) -> WeightMutation:
     return mutate
 
 
-def neutral_norm(name: str) -> WeightMutation:
-    def mutate(model: Decoder) -> None:
-        for path, parameter in model.named_parameters():
-            if path.endswith(f"{name}.weight"):
-                parameter.fill_(1.0)
-
-    return mutate
-
-
 def swapped_query_and_key(model: Decoder) -> None:
     for layer in layers(model):
         swap_rows(layer.attention.qkv.weight, slice(0, 48), slice(48, 96))
@@ -345,7 +287,9 @@ def test_a_decoder_without_the_causal_mask_fails(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_decoder_without_rotary_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphllm.layers.attention, "rotary", lambda heads, *_: heads)
+    attention = graphllm.layers.attention
+    write = attention.rotary_cache_write
+    monkeypatch.setattr(attention, "rotary_cache_write", lambda qkv, _, **rest: write(qkv, None, **rest))
     assert mutated_error("grouped queries") > TOLERANCE
 
 

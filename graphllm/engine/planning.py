@@ -1,0 +1,242 @@
+"""`graphllm plan`: what a model and these flags would take on a card that need not be there.
+
+Owns the estimates that stand in for measurements, and how the plan reads. The arithmetic is
+`runner/memory_plan.py`'s, the same that a server does at start. Reads config.json or a GGUF header, no
+weights, and touches no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphllm.cache.kv_cache import KVCacheShape
+from graphllm.config import EngineConfig, PlanConfig, parse_card
+from graphllm.errors import ConfigError
+from graphllm.models.checkpoint import resolve_model_path
+from graphllm.models.config import ModelConfig, resolve_dtype
+from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.registry import find_family, read_model_config
+from graphllm.runner.memory_estimate import (
+    WeightBytes,
+    estimate_arena_bytes,
+    estimate_table_bytes,
+    weight_bytes,
+)
+from graphllm.runner.memory_plan import (
+    GIB,
+    DeviceMemory,
+    MemoryPlan,
+    StepLimits,
+    plan_device_memory,
+    plan_limits,
+)
+
+ASSUMED_CONTEXT_BYTES = GIB // 2
+"""The CUDA context and the code and workspaces of libraries: an assumption, not measured."""
+ASSUMED_GRAPH_BYTES = GIB
+"""All captured graphs, the driver's part included: the most that a server gives them, not measured."""
+
+_CONTEXT_LENGTHS = tuple(kilo * 1024 for kilo in (1, 4, 16, 64, 128, 256))
+_SHORTEST_CONTEXT = 512
+_CONTEXT_TO_SUGGEST_FOR = 4096
+_MOST_SUGGESTED_SEQS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityPlan:
+    """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card."""
+
+    model: str
+    gpu: str
+    config: EngineConfig
+    model_config: ModelConfig
+    dtype: torch.dtype
+    weights: WeightBytes
+    kv_shape: KVCacheShape
+    limits: StepLimits
+    memory: DeviceMemory
+    plan: MemoryPlan | None
+    refusal: str | None
+
+    @property
+    def kv_bytes(self) -> int:
+        """What the KV cache may take."""
+        asked = self.config.kv_cache_memory_bytes
+        return self.memory.kv_bytes(self.config.gpu_memory_utilization) if asked is None else asked
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that the memory holds, without the null block."""
+        return max(0, self.kv_bytes // self.kv_shape.bytes_per_block - 1)
+
+    @property
+    def longest_context(self) -> int:
+        """The longest sequence that model and memory allow, in tokens."""
+        return min(
+            self.model_config.max_position_embeddings, self.num_usable_blocks * self.kv_shape.block_size
+        )
+
+    def concurrency(self) -> dict[int, int]:
+        """Context length to how many such sequences the KV cache holds at once."""
+        longest = self.limits.max_model_len
+        lengths = {length for length in (_SHORTEST_CONTEXT, *_CONTEXT_LENGTHS) if length < longest}
+        return {length: self.num_sequences(length) for length in sorted(lengths | {longest})}
+
+    def num_sequences(self, length: int) -> int:
+        return self.num_usable_blocks // -(-length // self.kv_shape.block_size)
+
+    def suggested_flags(self) -> dict[str, int]:
+        """Flags whose values should be others on this card."""
+        flags = {}
+        longest = self.limits.max_model_len
+        if self.plan is None and 0 < self.longest_context < longest:
+            longest = self.longest_context
+            flags["--max-model-len"] = longest
+        num_seqs = self.num_sequences(min(longest, _CONTEXT_TO_SUGGEST_FOR))
+        fitting = min(_MOST_SUGGESTED_SEQS, 1 << max(0, num_seqs.bit_length() - 1))
+        asked = self.config.max_num_seqs
+        if self.num_usable_blocks and (fitting > asked or num_seqs < asked // 2):
+            flags["--max-num-seqs"] = fitting
+        return flags
+
+
+def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan:
+    """Plan the model on the card.
+
+    Raises StartupError where there is nothing to plan: a model that is not understood, flags that
+    contradict each other or the model.
+    """
+    if config.device == "cpu":
+        raise ConfigError("--device cpu: a plan is of a CUDA device's memory.")
+    assert plan_config.gpu is not None
+    checkpoint = DummyCheckpoint(resolve_model_path(config.model))
+    model_config = read_model_config(checkpoint, find_family(checkpoint))
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
+    kv_shape = KVCacheShape(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=dtype,
+    )
+    limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
+    weights = weight_bytes(model_config, dtype)
+    total_bytes = parse_card(plan_config.gpu)
+    free_bytes_at_start = total_bytes - ASSUMED_CONTEXT_BYTES
+    memory = DeviceMemory(
+        total_bytes=total_bytes,
+        free_bytes_at_start=free_bytes_at_start,
+        free_bytes_after_weights=free_bytes_at_start - weights.total,
+        arena_bytes=estimate_arena_bytes(
+            model_config, dtype, limits=limits, max_num_seqs=config.max_num_seqs
+        ),
+        table_bytes=estimate_table_bytes(model_config, limits, max_num_seqs=config.max_num_seqs),
+        graph_bytes=0 if config.enforce_eager else ASSUMED_GRAPH_BYTES,
+    )
+    plan, refusal = None, None
+    try:
+        plan = plan_device_memory(config, kv_shape, limits=limits, memory=memory)
+    except ConfigError as error:
+        refusal = error.message
+    return CapacityPlan(
+        model=config.model,
+        gpu=plan_config.gpu,
+        config=config,
+        model_config=model_config,
+        dtype=dtype,
+        weights=weights,
+        kv_shape=kv_shape,
+        limits=limits,
+        memory=memory,
+        plan=plan,
+        refusal=refusal,
+    )
+
+
+def as_json(capacity: CapacityPlan) -> dict[str, Any]:
+    """The plan for machines; sizes in bytes, lengths in tokens."""
+    memory, limits = capacity.memory, capacity.limits
+    return {
+        "model": capacity.model,
+        "gpu": capacity.gpu,
+        "dtype": _name(capacity.dtype),
+        "fits": capacity.plan is not None,
+        "reason": capacity.refusal,
+        "total_bytes": memory.total_bytes,
+        "gpu_memory_utilization": capacity.config.gpu_memory_utilization,
+        "context_bytes_assumed": memory.other_bytes,
+        "weight_bytes": dataclasses.asdict(capacity.weights) | {"total": capacity.weights.total},
+        "arena_bytes_estimated": memory.arena_bytes,
+        "table_bytes_estimated": memory.table_bytes,
+        "graph_bytes_assumed": memory.graph_bytes,
+        "kv_cache_bytes": max(0, capacity.kv_bytes),
+        "kv_dtype": _name(capacity.kv_shape.dtype),
+        "kv_bytes_per_token": capacity.kv_shape.bytes_per_token,
+        "block_size": capacity.kv_shape.block_size,
+        "num_usable_blocks": 0 if capacity.plan is None else capacity.plan.num_blocks - 1,
+        "max_model_len": limits.max_model_len,
+        "max_num_seqs": capacity.config.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "longest_context": capacity.longest_context,
+        "concurrency": {str(length): count for length, count in capacity.concurrency().items()},
+        "suggested_flags": capacity.suggested_flags(),
+    }
+
+
+def as_text(capacity: CapacityPlan) -> str:
+    """The plan for people."""
+    memory = capacity.memory
+    lines = [
+        f"{capacity.model} on {capacity.gpu} ({memory.total_bytes / GIB:.1f} GiB), {_name(capacity.dtype)}",
+        "",
+        *_memory_lines(capacity),
+        "",
+        f"longest context   {capacity.longest_context:,} tokens; the model's is "
+        f"{capacity.model_config.max_position_embeddings:,}",
+        "",
+        f"{'context, tokens':>17}  sequences at once",
+        *(f"{length:>17,}  {count:>17,}" for length, count in capacity.concurrency().items()),
+        f"A step takes at most {capacity.config.max_num_seqs} of them (--max-num-seqs).",
+    ]
+    if capacity.refusal is not None:
+        lines += ["", f"Does not fit. {capacity.refusal}"]
+    if flags := capacity.suggested_flags():
+        lines += ["", "suggested flags: " + " ".join(f"{name} {value}" for name, value in flags.items())]
+    return "\n".join(lines)
+
+
+def _memory_lines(capacity: CapacityPlan) -> list[str]:
+    memory, weights, limits = capacity.memory, capacity.weights, capacity.limits
+    kv_shape = capacity.kv_shape
+    may_use = int(memory.total_bytes * capacity.config.gpu_memory_utilization)
+    per_token = f"{kv_shape.bytes_per_token / 1024:,.1f} KiB a token in {_name(kv_shape.dtype)}"
+    rows = [
+        ("may be in use", may_use, f"--gpu-memory-utilization {capacity.config.gpu_memory_utilization:g}"),
+        ("CUDA context", memory.other_bytes, "assumed; other processes' part comes on top"),
+        ("weights", weights.total, ""),
+        ("  embedding", weights.embedding, ""),
+        ("  attention", weights.attention, ""),
+        ("  feed-forward", weights.feed_forward, ""),
+        ("  norms", weights.norms, f"{weights.norms / 1024**2:.2f} MiB"),
+        ("  head", weights.head, "" if weights.head else "the embedding's"),
+        ("largest step", memory.arena_bytes, f"estimated, {limits.max_num_batched_tokens:,} tokens"),
+        ("step tables", memory.table_bytes, f"estimated, {limits.num_slots} slots"),
+        ("CUDA graphs", memory.graph_bytes, "assumed, not measured" if memory.graph_bytes else "none"),
+        ("KV cache", max(0, capacity.kv_bytes), per_token),
+    ]
+    lines = [f"{name:<16} {num_bytes / GIB:>9.2f} GiB  {note}".rstrip() for name, num_bytes, note in rows]
+    if capacity.plan is not None:
+        num_blocks = capacity.plan.num_blocks - 1
+        tokens = num_blocks * kv_shape.block_size
+        lines.append(
+            f"{'':<16} {num_blocks:>9,} blocks of {kv_shape.block_size} tokens, {tokens:,} tokens in all"
+        )
+    return lines
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
