@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode_step --rows 1 4 16 --context 200
 
-Prints a table, the best of several steps in milliseconds, split into linear layers, attention (cache
-write included) and the rest; the last line is the same as JSON. No scheduler, no sampling, no server.
+Prints a table, the best of several steps in milliseconds, split into linear layers, attention (without the
+cache write) and the rest; the last line is the same as JSON. No scheduler, no sampling, no server.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from graphllm.arena import Arena
 from graphllm.attention.backend import (
     AttentionBucket,
     AttentionInputs,
@@ -61,9 +62,11 @@ class TimedProduct:
         self.product = product
         self.seconds = 0.0
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
         start = time.perf_counter()
-        result = self.product(x, weight, bias)
+        result = self.product(x, weight, bias, out)
         self.seconds += time.perf_counter() - start
         return result
 
@@ -81,17 +84,18 @@ class TimedAttention(PagedAttention):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         *,
         layer_cache: LayerCache,
         spec: AttentionSpec,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor,
+    ) -> None:
         start = time.perf_counter()
-        result = super().forward(query, key, value, layer_cache=layer_cache, spec=spec, metadata=metadata)
+        super().forward(
+            query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out
+        )
         self.seconds += time.perf_counter() - start
-        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class DecodeStep:
         self.config, self.dtype = config, dtype
         self.product = TimedProduct(product)
         self.backend = TimedAttention(block_size=BLOCK_SIZE)
+        self.arena = Arena(CPU)
         scheme = Unquantized(self.product)
         self.model = Decoder(config, backend=self.backend, scheme=scheme, device=CPU, dtype=dtype).eval()
         for parameter in self.model.parameters():
@@ -151,8 +156,15 @@ class DecodeStep:
         start = time.perf_counter()
         metadata = self.backend.plan(inputs, AttentionBucket(rows, rows, rows))
         self.backend.begin_step(metadata)
-        hidden = self.model(input_ids, inputs.positions, layer_caches=cache.layers, metadata=metadata)
-        self.model.compute_logits(hidden)
+        self.model(
+            input_ids,
+            inputs.positions,
+            layer_caches=cache.layers,
+            metadata=metadata,
+            arena=self.arena,
+            sampled_tokens=torch.arange(rows),
+            logits=self.arena.take("logits", rows, self.config.vocab_size, dtype=torch.float32),
+        )
         total = time.perf_counter() - start
         return StepTime(rows, total * 1e3, self.product.seconds * 1e3, self.backend.seconds * 1e3)
 

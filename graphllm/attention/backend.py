@@ -22,7 +22,11 @@ class CaptureSupport(Enum):
 
 
 class LayerCache(Protocol):
-    """One layer's KV pool. key, value: [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """One layer's KV pool. key, value: [num_blocks, block_size, num_kv_heads, head_dim].
+
+    key_scale, value_scale: [num_blocks, block_size, num_kv_heads] float32 where key and value are stored
+    in 8 bits, and what is stored times its scale is what is meant; None where they are stored as they are.
+    """
 
     @property
     def key(self) -> torch.Tensor: ...
@@ -30,14 +34,30 @@ class LayerCache(Protocol):
     @property
     def value(self) -> torch.Tensor: ...
 
+    @property
+    def key_scale(self) -> torch.Tensor | None: ...
+
+    @property
+    def value_scale(self) -> torch.Tensor | None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBucket:
-    """A step's sizes, known to the host: the shapes of its inputs, never their values."""
+    """A step's sizes, known to the host: the shapes of its inputs, never their values.
+
+    A bucket that is captured may be larger than the step: padding rows then have no tokens and padding
+    tokens no place in the cache. num_decode_rows equals num_rows where row i has token i and no other;
+    elsewhere a captured bucket says 0, and which rows decode is known to the device only.
+    """
 
     num_tokens: int
     num_rows: int
     num_decode_rows: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has one token (or, as padding, none)."""
+        return self.num_decode_rows == self.num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +68,9 @@ class AttentionInputs:
     its `context_lens` tokens. query_starts: [num_rows + 1] int64, the rows' first token in the batch.
     positions, slot_mapping: [num_tokens] int64; slot_mapping = block * block_size + offset.
     block_tables: [num_slots, max_blocks] int32, the whole device table, indexed by row_slots.
+
+    Padding rows come last: query_lens and context_lens are 0. Padding tokens come last: positions are 0
+    and slot_mapping is -1, which stores nothing.
     """
 
     row_slots: torch.Tensor
@@ -61,13 +84,19 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """The mathematics of one layer's attention. scale multiplies q.k; window None means full."""
+    """The mathematics of one layer's attention.
+
+    scale multiplies q.k; sliding_window None means full. softcap c turns a score s into c tanh(s / c)
+    (Gemma 2, arXiv:2408.00118); None leaves it. Learned sinks are a layer's weights, not a number, and
+    are passed to `forward`.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
     sliding_window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +112,8 @@ class AttentionBackend(Protocol):
     """Computes attention over a paged cache.
 
     `plan` runs on the host and sees addresses and sizes only. `begin_step` runs on the device once
-    a step, before the first layer, and builds what all layers share. `forward` runs on the device.
+    a step, before the first layer, and builds what all layers share. `forward` runs on the device, when
+    the layer has written the step's keys and values into the cache.
     """
 
     capture_support: CaptureSupport
@@ -95,16 +125,18 @@ class AttentionBackend(Protocol):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         *,
         layer_cache: LayerCache,
         spec: AttentionSpec,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """Write key and value into the cache, attend, return the result.
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend the step's queries into `out`.
 
-        query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim],
-        rotary already applied. Returns [num_tokens, num_heads, head_dim].
+        query: [num_tokens, num_heads, head_dim], rotary already applied, heads and their dimensions
+        contiguous, any stride between tokens. sinks: [num_heads] float32, a logit each that takes part in
+        the softmax and has no value (gpt-oss). out: [num_tokens, num_heads, head_dim], contiguous; what
+        padding tokens leave there is not defined.
         """
         ...

@@ -1,7 +1,7 @@
 """Attention over our own paged KV cache, on the CPU.
 
-Owns when keys and values are written, the step's work list and the scratch memory behind it. The
-mathematics is in `kernels/paged_attention.py` and `kernels/kv_cache_write.py`.
+Owns the step's work list and the scratch memory behind it. The mathematics is in
+`kernels/paged_attention.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from graphllm.attention.backend import (
     LayerCache,
 )
 from graphllm.attention.row_groups import RowGroup, group_rows
-from graphllm.kernels.kv_cache_write import kv_cache_write
-from graphllm.kernels.paged_attention import gathered_attention
+from graphllm.kernels.paged_attention import gathered_attention, paged_attention_ref
 
 
 class PagedAttention:
@@ -45,31 +44,56 @@ class PagedAttention:
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         *,
         layer_cache: LayerCache,
         spec: AttentionSpec,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor,
+    ) -> None:
         """See `AttentionBackend.forward`."""
         assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
-        kv_cache_write(
-            key,
-            value,
-            key_cache=layer_cache.key,
-            value_cache=layer_cache.value,
-            slot_mapping=metadata.inputs.slot_mapping,
-        )
+        if sinks is not None or spec.softcap is not None or layer_cache.key_scale is not None:
+            self._attend_by_reference(
+                query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out
+            )
+            return
         groups: list[RowGroup] = metadata.work
         if len(groups) == 1:
-            return self._attend(query, groups[0], layer_cache=layer_cache, spec=spec)
-        output = torch.empty(query.shape, dtype=query.dtype)
+            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec))
+            return
         for group in groups:
-            output[group.tokens] = self._attend(
-                query[group.tokens], group, layer_cache=layer_cache, spec=spec
+            out[group.tokens] = self._attend(query[group.tokens], group, layer_cache=layer_cache, spec=spec)
+
+    def _attend_by_reference(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LayerCache,
+        spec: AttentionSpec,
+        metadata: AttentionMetadata,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """What torch's attention cannot express is computed row by row, as it is specified."""
+        inputs = metadata.inputs
+        out.copy_(
+            paged_attention_ref(
+                query,
+                layer_cache.key,
+                layer_cache.value,
+                block_tables=inputs.block_tables,
+                row_slots=inputs.row_slots,
+                query_lens=inputs.query_lens,
+                context_lens=inputs.context_lens,
+                scale=spec.scale,
+                sliding_window=spec.sliding_window,
+                softcap=spec.softcap,
+                sinks=sinks,
+                key_scale=layer_cache.key_scale,
+                value_scale=layer_cache.value_scale,
             )
-        return output
+        )
 
     def _attend(
         self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from graphllm.kernels.embedding import embedding
 from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.quant.scheme import LinearScheme
 
@@ -26,9 +26,9 @@ class TokenEmbedding(LoadableModule):
     def _load(self, tensor: torch.Tensor) -> None:
         self.weight.copy_(tensor)
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids: [num_tokens] int64; returns a new tensor [num_tokens, hidden_size]."""
-        return F.embedding(token_ids, self.weight)
+    def forward(self, token_ids: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """token_ids: [num_tokens] int64; returns out, [num_tokens, hidden_size]."""
+        return embedding(token_ids, self.weight, out=out)
 
 
 class TiedHead(nn.Module):
@@ -43,6 +43,6 @@ class TiedHead(nn.Module):
         self.bias = None
         self.scheme = scheme
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [num_rows, hidden_size]; returns [num_rows, vocab_size]."""
-        return self.scheme.apply(self, hidden)
+    def project(self, hidden: torch.Tensor, *, out: torch.Tensor) -> None:
+        """hidden: [num_rows, hidden_size]; out: [num_rows, vocab_size], float32 whatever hidden is."""
+        self.scheme.apply(self, hidden, out=out)

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from graphllm.arena import Arena
 from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.quant.scheme import LinearScheme
 
@@ -33,13 +34,14 @@ class Linear(LoadableModule):
     ) -> None:
         super().__init__()
         self.in_features = in_features
+        self.out_features = sum(parts.values())
         self.parts = dict(parts)
         self.has_bias = bias
         self.scheme = scheme
         scheme.create_weights(
             self,
             in_features=in_features,
-            out_features=sum(parts.values()),
+            out_features=self.out_features,
             bias=bias,
             device=device,
             dtype=dtype,
@@ -58,6 +60,12 @@ class Linear(LoadableModule):
     def _load(self, name: str, first_row: int, tensor: torch.Tensor) -> None:
         self.scheme.load(self, name, tensor=tensor, first_row=first_row)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts]."""
-        return self.scheme.apply(self, x)
+    def forward(self, x: torch.Tensor, *, arena: Arena, name: str) -> torch.Tensor:
+        """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts], which is `name` of the arena."""
+        out = arena.take(name, x.shape[0], self.out_features, dtype=x.dtype)
+        self.scheme.apply(self, x, out=out)
+        return out
+
+    def project(self, x: torch.Tensor, *, out: torch.Tensor) -> None:
+        """The same into `out`, which may be float32 whatever x is."""
+        self.scheme.apply(self, x, out=out)

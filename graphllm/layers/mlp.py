@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from graphllm.arena import Arena
 from graphllm.kernels.gated_activation import Activation, gated_activation
 from graphllm.layers.linear import Linear
 from graphllm.quant.scheme import LinearScheme
@@ -26,14 +27,17 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
+        self.intermediate_size = intermediate_size
         parts = {"gate": intermediate_size, "up": intermediate_size}
         self.gate_up = Linear(hidden_size, parts, bias=bias, scheme=scheme, device=device, dtype=dtype)
         self.down = Linear(
             intermediate_size, {"": hidden_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""
-        hidden: torch.Tensor = self.gate_up(x)  # [num_tokens, 2 * intermediate_size]
-        output: torch.Tensor = self.down(gated_activation(hidden, self.activation))
+        gate_up: torch.Tensor = self.gate_up(x, arena=arena, name="wide")  # [num_tokens, 2 * intermediate]
+        activated = arena.take("inner", x.shape[0], self.intermediate_size, dtype=x.dtype)
+        gated_activation(gate_up, self.activation, out=activated)
+        output: torch.Tensor = self.down(activated, arena=arena, name="delta")
         return output

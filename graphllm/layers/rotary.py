@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from graphllm.arena import Arena
 from graphllm.kernels.rotary import rotary_tables
 
 
@@ -114,6 +115,8 @@ class RotaryEmbedding(nn.Module):
         frequencies = inverse_frequencies(head_dim, theta, scaling=scaling).to(device)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [num_tokens] int64; returns cos and signed sin as `rotary_tables` does."""
-        return rotary_tables(positions, self.inverse_frequencies, scale=self.scale, dtype=self.dtype)
+    def forward(self, positions: torch.Tensor, *, arena: Arena) -> torch.Tensor:
+        """positions: [num_tokens] int64; returns [2, num_tokens, head_dim] as `rotary_tables` defines it."""
+        head_dim = 2 * len(self.inverse_frequencies)
+        out = arena.take("rotary", 2, len(positions), head_dim, dtype=self.dtype)
+        return rotary_tables(positions, self.inverse_frequencies, scale=self.scale, out=out)

@@ -6,11 +6,12 @@ parts are put together; knows no checkpoint names and no schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
+from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, LayerCache
 from graphllm.layers.attention import Attention
 from graphllm.layers.embedding import TiedHead, TokenEmbedding
@@ -48,6 +49,7 @@ class DecoderLayer(nn.Module):
             spec,
             bias=config.attention_bias,
             output_bias=config.attention_output_bias,
+            qk_norm_eps=eps if config.qk_norm else None,
             backend=backend,
             scheme=scheme,
             device=device,
@@ -66,16 +68,30 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
+        delta: torch.Tensor | None,
         residual: torch.Tensor,
-        rotary_tables: tuple[torch.Tensor, torch.Tensor],
+        rotary_tables: torch.Tensor,
         *,
         layer_cache: LayerCache,
         metadata: AttentionMetadata,
-    ) -> None:
-        """Add this layer's two outputs to `residual` [num_tokens, hidden_size], in place."""
-        normed = self.attention_norm(residual)
-        residual.add_(self.attention(normed, rotary_tables, layer_cache=layer_cache, metadata=metadata))
-        residual.add_(self.mlp(self.mlp_norm(residual)))
+        arena: Arena,
+    ) -> torch.Tensor:
+        """Add `delta`, the output of the layer before (None for the first), to `residual`, then this
+        layer's attention; return what its feed-forward adds. All are [num_tokens, hidden_size].
+
+        Each addition waits for the norm behind it, because one kernel does both.
+        """
+        normed = arena.take("normed", *residual.shape, dtype=residual.dtype)
+        if delta is None:
+            self.attention_norm(residual, out=normed)
+        else:
+            self.attention_norm.add(delta, residual, out=normed)
+        delta = self.attention(
+            normed, rotary_tables, layer_cache=layer_cache, metadata=metadata, arena=arena
+        )
+        self.mlp_norm.add(delta, residual, out=normed)
+        output: torch.Tensor = self.mlp(normed, arena=arena)
+        return output
 
 
 class Decoder(nn.Module):
@@ -92,6 +108,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.rotary = RotaryEmbedding(
             config.head_dim, config.rope_theta, scaling=config.rope_scaling, device=device, dtype=dtype
@@ -102,12 +119,47 @@ class Decoder(nn.Module):
         )
         self.final_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, device=device, dtype=dtype)
         if config.tie_word_embeddings:
-            self.head: nn.Module = TiedHead(self.embedding, scheme=scheme)
+            self.head: Linear | TiedHead = TiedHead(self.embedding, scheme=scheme)
         else:
             parts = {"": config.vocab_size}
             self.head = Linear(
                 config.hidden_size, parts, bias=False, scheme=scheme, device=device, dtype=dtype
             )
+        self.dtype = dtype
+
+    def forward_in_slices(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        layer_caches: Sequence[LayerCache],
+        metadata: AttentionMetadata,
+        arena: Arena,
+        sampled_tokens: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> Iterator[None]:
+        """One step, from token ids to logits; yields after each layer.
+
+        Who captures a step between others stops at the yields; everybody else calls `forward`.
+        input_ids, positions: [num_tokens] int64; layer_caches: one a layer, written to; `metadata` has
+        gone through the backend's `plan` and `begin_step`. sampled_tokens: [num_rows] int64, the tokens
+        whose logits are wanted; logits: [num_rows, vocab_size] float32, written to.
+        """
+        size = (len(input_ids), self.config.hidden_size)
+        residual = self.embedding(input_ids, out=arena.take("residual", *size, dtype=self.dtype))
+        rotary_tables = self.rotary(positions, arena=arena)
+        delta = None
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            delta = layer(
+                delta, residual, rotary_tables, layer_cache=layer_cache, metadata=metadata, arena=arena
+            )
+            yield
+        if len(sampled_tokens) == 0:  # in the middle of a prompt
+            return
+        hidden = arena.take("normed", len(sampled_tokens), self.config.hidden_size, dtype=self.dtype)
+        assert delta is not None, "a decoder has layers"
+        self.final_norm.add(delta, residual, rows=sampled_tokens, out=hidden)
+        self.head.project(hidden, out=logits)
 
     def forward(
         self,
@@ -116,20 +168,18 @@ class Decoder(nn.Module):
         *,
         layer_caches: Sequence[LayerCache],
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """One step. input_ids, positions: [num_tokens] int64; layer_caches: one a layer, written to.
-
-        `metadata` has gone through the backend's `plan` and `begin_step`. Returns the hidden states
-        after the final norm, [num_tokens, hidden_size].
-        """
-        residual: torch.Tensor = self.embedding(input_ids)  # [num_tokens, hidden_size]
-        rotary_tables = self.rotary(positions)
-        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            layer(residual, rotary_tables, layer_cache=layer_cache, metadata=metadata)
-        hidden: torch.Tensor = self.final_norm(residual)
-        return hidden
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [num_rows, hidden_size] from `forward`; returns [num_rows, vocab_size] float32."""
-        logits: torch.Tensor = self.head(hidden)
-        return logits.float()
+        arena: Arena,
+        sampled_tokens: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        """See `forward_in_slices`."""
+        for _ in self.forward_in_slices(
+            input_ids,
+            positions,
+            layer_caches=layer_caches,
+            metadata=metadata,
+            arena=arena,
+            sampled_tokens=sampled_tokens,
+            logits=logits,
+        ):
+            pass

@@ -38,6 +38,9 @@ class LinearScheme(Protocol):
         """Store one checkpoint tensor, on the CPU, as the layer's rows from `first_row` onwards."""
         ...
 
-    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, in_features]; returns [num_tokens, out_features] of x's dtype."""
+    def apply(self, layer: nn.Module, x: torch.Tensor, *, out: torch.Tensor) -> None:
+        """Multiply into `out`.
+
+        x: [num_tokens, in_features]; out: [num_tokens, out_features], contiguous, of x's dtype or float32.
+        """
         ...

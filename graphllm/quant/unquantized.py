@@ -47,5 +47,6 @@ class Unquantized:
         parameter = layer.get_parameter(name)
         parameter[first_row : first_row + tensor.shape[0]].copy_(tensor)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias))
+    def apply(self, layer: nn.Module, x: torch.Tensor, *, out: torch.Tensor) -> None:
+        weight, bias = cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias)
+        self.product(x, weight, bias, out)

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from graphllm.attention.backend import AttentionBucket, AttentionInputs
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    key: torch.Tensor
-    value: torch.Tensor
+from graphllm.cache.kv_cache import LayerKV
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from graphllm.arena import Arena
 from graphllm.kernels.linear import linear_ref
 from graphllm.layers.linear import Linear
 from graphllm.quant.unquantized import Unquantized
@@ -38,7 +39,8 @@ def test_merged_layer_computes_its_parts_side_by_side() -> None:
         slot.load(values[name])
     x = torch.randn(4, 5)
     parts = [nn.functional.linear(x, values[f"{part}.weight"], values[f"{part}.bias"]) for part in "qkv"]
-    torch.testing.assert_close(merged(x), torch.cat(parts, dim=1))
+    out = merged(x, arena=Arena(CPU), name="out")
+    torch.testing.assert_close(out, torch.cat(parts, dim=1))
 
 
 def test_layer_that_is_not_merged_has_plain_names() -> None:

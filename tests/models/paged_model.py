@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBucket, AttentionInputs
 from graphllm.attention.paged import PagedAttention
+from graphllm.cache.kv_cache import LayerKV
 from graphllm.models.decoder import Decoder
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
 MAX_BLOCKS = 32
 NUM_SLOTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    key: torch.Tensor
-    value: torch.Tensor
 
 
 class PagedModel:
@@ -40,6 +35,7 @@ class PagedModel:
         self._free_blocks = order.tolist()
         self.block_tables = torch.zeros(NUM_SLOTS, MAX_BLOCKS, dtype=torch.int32)
         self.lengths = [0] * NUM_SLOTS
+        self._arena = Arena(torch.device("cpu"))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, Sequence[int]]], *, num_decode_rows: int = 0) -> torch.Tensor:
@@ -66,8 +62,17 @@ class PagedModel:
         metadata = self.backend.plan(inputs, bucket)
         self.backend.begin_step(metadata)
         input_ids = torch.tensor([token_id for _, token_ids in rows for token_id in token_ids])
-        hidden = self.model(input_ids, positions, layer_caches=self.layers, metadata=metadata)
-        return self.model.compute_logits(hidden)
+        logits = torch.empty(len(positions), self.model.config.vocab_size)
+        self.model(
+            input_ids,
+            positions,
+            layer_caches=self.layers,
+            metadata=metadata,
+            arena=self._arena,
+            sampled_tokens=torch.arange(len(positions)),
+            logits=logits,
+        )
+        return logits
 
     def _extend(self, slot: int, num_tokens: int) -> None:
         num_blocks = -(-self.lengths[slot] // BLOCK_SIZE)
