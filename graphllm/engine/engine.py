@@ -7,10 +7,13 @@ loop is in `engine/step_loop.py`; model and memory are put together in `engine/l
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable
 from enum import StrEnum
+
+from tqdm import tqdm
 
 from graphllm.config import EngineConfig
 from graphllm.engine.garbage import GarbageKeeper
@@ -25,10 +28,14 @@ from graphllm.errors import (
     InvalidRequestError,
 )
 from graphllm.outputs import SequenceDelta
+from graphllm.runner.compilation import CompilationWatch
 from graphllm.runner.device import Device, open_device
+from graphllm.runner.graph_runner import GraphRunner
 from graphllm.sampling_params import SamplingParams
 from graphllm.sequence import SequenceGroup
 from graphllm.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class EngineState(StrEnum):
@@ -60,6 +67,7 @@ class Engine:
         self._device = device or open_device(config.device, cpu_threads=config.cpu_threads)
         self._garbage = GarbageKeeper(enabled=manage_gc)
         self._random = random.Random(config.seed)
+        self._compilations = CompilationWatch(self._compiled)
         self._step_loop: StepLoop | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -85,8 +93,11 @@ class Engine:
             look_ahead=self.config.look_ahead,
             on_failed=self._loop_failed,
         )
+        if self.config.eager_capture and model.runner.graphs.is_enabled:
+            await _capture_all(model.runner.graphs, show_progress=show_progress)
         self._task = asyncio.get_running_loop().create_task(self._step_loop.run(), name="step-loop")
         await self._warm_up(self._step_loop)
+        self._compilations.start()
         self._garbage.freeze()
         self.state = EngineState.READY
 
@@ -109,6 +120,7 @@ class Engine:
             await self._task
         if self.state is not EngineState.FAILED:
             self.state = EngineState.STOPPED
+        self._compilations.stop()
         self._device.close()
         self._garbage.release()
 
@@ -211,6 +223,11 @@ class Engine:
         self._add("warm-up", prompt, params=params, sink=waiter)
         await waiter.ended
 
+    def _compiled(self, kernel: str, seconds: float) -> None:
+        """A kernel was compiled while serving: every stream waited for it."""
+        logger.warning("kernel %s was compiled on the event loop, in %.2f s", kernel, seconds)
+        self.metrics.kernel_compilations.inc()
+
     def _loop_failed(self, reason: str) -> None:
         self.state, self.failure = EngineState.FAILED, reason
         try:
@@ -218,6 +235,15 @@ class Engine:
         finally:
             if self.on_failure is not None:
                 self.on_failure()
+
+
+async def _capture_all(graphs: GraphRunner, *, show_progress: bool) -> None:
+    """Capture every graph of steady traffic, while the loop goes on answering."""
+    with tqdm(desc="Capturing graphs", unit="graph", disable=not show_progress, leave=False) as bar:
+        for done, total in graphs.capture_all_in_slices():
+            bar.total = total
+            bar.update(done - bar.n)
+            await asyncio.sleep(0)
 
 
 class _Waiter:

@@ -39,6 +39,18 @@ class EngineMetrics:
         self.generated_tokens = counter("generated_tokens", "Tokens sampled for running sequences.")
         self.steps = counter("steps", "Device steps completed.")
         self.failed_steps = counter("failed_steps", "Device steps that failed.")
+        self.graph_misses = counter(
+            "graph_misses", "Steps run kernel by kernel because no captured graph was there for their size."
+        )
+        self.graphs_captured = gauge("graphs_captured", "CUDA graphs that are ready to be replayed.")
+        self.graphs_wanted = gauge("graphs_wanted", "CUDA graphs that traffic asked for, still to be captured.")
+        self.graph_bytes = gauge("graph_bytes", "Device memory that captured graphs take.")
+        self.kernel_compilations = counter(
+            "kernel_compilations_on_loop", "Kernels compiled or loaded on the event loop while serving."
+        )
+        self.host_seconds = counter(
+            "host_seconds", "Time that the event loop spent on steps: schedule, launch, apply, publish."
+        )
         self.preemptions = counter("preemptions", "Sequences preempted for want of KV blocks.")
         self.running = gauge("running_sequences", "Sequences that take part in steps.")
         self.waiting = gauge("waiting_sequences", "Sequences that wait for room.")

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CONSECUTIVE_FAILURES = 3
 _SHORT_STEP = 0.004  # seconds; below this, waiting to schedule costs more than it gives
+_POLLING_MARGIN = 0.0015  # seconds before a step's end; timers have whole milliseconds
 _NEVER = float("inf")
 
 
@@ -54,6 +55,7 @@ class StepLoop:
         self._depth = 2 if look_ahead else 1
         self._on_failed = on_failed
         self._scheduler = model.scheduler
+        self._graphs = model.runner.graphs
         self._publisher = Publisher(
             model.scheduler, metrics, on_end=self._request_ended, on_broken=self._request_broken
         )
@@ -63,8 +65,10 @@ class StepLoop:
         self._timer = StepTimer()
         self._sleeper: asyncio.Future[None] | None = None
         self._launch_at = 0.0
+        self._expected_end = 0.0
         self._num_consecutive_failures = 0
         self._num_preemptions_seen = 0
+        self._num_misses_seen = 0
         self._stopping = False
         metrics.blocks_total.set(model.scheduler.block_manager.num_usable_blocks)
 
@@ -121,10 +125,13 @@ class StepLoop:
                     if self._launch_is_due():
                         self._launch()
                 if not self._publisher.is_idle:
-                    self._publisher.publish_slice()
-                    self._update_gauges()
+                    self._publish_slice()
                     await asyncio.sleep(0)
                 elif self._in_flight and self._in_flight[0].ready():
+                    await asyncio.sleep(0)
+                elif self._graphs.has_captures_due and not self._stopping:
+                    self._graphs.capture_slice()
+                    self._update_graph_metrics()
                     await asyncio.sleep(0)
                 elif self._in_flight or not self._stopping:
                     await self._sleep()
@@ -155,6 +162,7 @@ class StepLoop:
         handle = self.model.runner.launch(batch)
         now = time.perf_counter()
         self._timer.observe_host(now - started)
+        self._metrics.host_seconds.inc(now - started)
         self._in_flight.append(handle)
         if len(self._in_flight) == 1:
             self._plan_next_launch(started_at=now)
@@ -162,6 +170,7 @@ class StepLoop:
     def _plan_next_launch(self, *, started_at: float) -> None:
         """Set when the step after the running one, begun at about `started_at`, is due."""
         predicted = self._timer.predict(self._in_flight[0].batch)
+        self._expected_end = started_at + (predicted or 0.0)
         if predicted is None or predicted < _SHORT_STEP:
             self._launch_at = started_at
         else:
@@ -169,6 +178,7 @@ class StepLoop:
 
     def _apply(self, handle: StepHandle) -> None:
         """Confirm a completed step's tokens, or fail its requests and no others."""
+        started = time.perf_counter()
         self._scheduler.step_completed(handle.batch.step_id)
         self._launch_at = 0.0
         if self._in_flight:  # the step behind the completed one is running now
@@ -189,6 +199,13 @@ class StepLoop:
         self._metrics.generated_tokens.inc(len(applied))
         for token in applied:
             self._publisher.enqueue(self._requests[token.sequence.group.request_id], token)
+        self._metrics.host_seconds.inc(time.perf_counter() - started)
+
+    def _publish_slice(self) -> None:
+        started = time.perf_counter()
+        self._publisher.publish_slice()
+        self._update_gauges()
+        self._metrics.host_seconds.inc(time.perf_counter() - started)
 
     def _step_failed(self, handle: StepHandle, error: StepFailedError) -> None:
         """Fail the step's requests. Their rows in the step already launched become no-ops."""
@@ -241,14 +258,27 @@ class StepLoop:
     # -- waiting ----------------------------------------------------------------------------------
 
     async def _sleep(self) -> None:
-        """Until the device progresses, a request arrives or ends, or a launch is due."""
+        """Until the device progresses, a request arrives or ends, or a launch is due.
+
+        A device that tells nobody of its progress is asked again and again, but only near the time at which
+        the running step should end: before that there is nothing to see.
+        """
         loop = asyncio.get_running_loop()
-        timer = None
-        self._sleeper = loop.create_future()
+        deadline = _NEVER
         if not self._in_flight:
             self._garbage.when_idle()
-        elif self._may_launch() and self._launch_at != _NEVER:
-            timer = loop.call_later(max(0.0, self._launch_at - time.perf_counter()), self._wake)
+        else:
+            if self._may_launch():
+                deadline = self._launch_at
+            if self._device.must_poll:
+                deadline = min(deadline, self._expected_end - _POLLING_MARGIN)
+                if time.perf_counter() >= deadline:
+                    await asyncio.sleep(0)
+                    return
+        self._sleeper = loop.create_future()
+        timer = None
+        if deadline != _NEVER:
+            timer = loop.call_later(max(0.0, deadline - time.perf_counter()), self._wake)
         try:
             await self._sleeper
         finally:
@@ -268,3 +298,12 @@ class StepLoop:
         metrics.slots_held.set(scheduler.slots.num_held)
         metrics.preemptions.inc(scheduler.num_preemptions - self._num_preemptions_seen)
         self._num_preemptions_seen = scheduler.num_preemptions
+        self._update_graph_metrics()
+
+    def _update_graph_metrics(self) -> None:
+        graphs, metrics = self._graphs, self._metrics
+        metrics.graph_misses.inc(graphs.num_misses - self._num_misses_seen)
+        self._num_misses_seen = graphs.num_misses
+        metrics.graphs_captured.set(graphs.num_captured)
+        metrics.graphs_wanted.set(graphs.num_wanted)
+        metrics.graph_bytes.set(graphs.num_bytes)

@@ -17,19 +17,32 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-
-from graphllm.errors import ConfigError
 
 T = TypeVar("T")
 Work = Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceTimes:
+    """When the device began and ended a piece of work, in seconds of `time.perf_counter`."""
+
+    start: float = 0.0
+    end: float = 0.0
+
+
 class DeviceEvent(Protocol):
     """Marks the end of one piece of submitted work."""
+
+    @property
+    def times(self) -> DeviceTimes:
+        """Known once `query` has said True."""
 
     @property
     def error(self) -> BaseException | None:
@@ -39,10 +52,53 @@ class DeviceEvent(Protocol):
         """Whether the work has ended. Never blocks."""
 
 
+class Graph(Protocol):
+    """Device work that was captured, to be queued again as a whole."""
+
+    def replay(self) -> None: ...
+
+
+class GraphCapture(Protocol):
+    """A capture under way. Work inside `slice` is recorded, not done; between slices all else goes on."""
+
+    def slice(self) -> AbstractContextManager[None]: ...
+
+    def end(self) -> Graph: ...
+
+    def abandon(self) -> None:
+        """Give up after an error in a slice."""
+
+
+class GraphDevice(Protocol):
+    """The part of a device that captures graphs."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Torch work inside is queued in order with all submitted work."""
+
+    def begin_capture(self) -> GraphCapture: ...
+
+    def trim(self) -> None:
+        """Give back memory that is held in reserve. Waits for the device: not while serving."""
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody holds, not even in reserve."""
+
+    @property
+    def total_bytes(self) -> int: ...
+
+
 class Device(Protocol):
-    """A stream of work on some processor, in order, beside the event loop."""
+    """A stream of work on some processor, in order, beside the event loop.
+
+    must_poll: nothing calls when work ends, so whoever waits has to ask. graphs: None where the device
+    captures none.
+    """
 
     torch_device: torch.device
+    must_poll: bool
+
+    @property
+    def graphs(self) -> GraphDevice | None: ...
 
     def submit(self, work: Work) -> DeviceEvent:
         """Queue `work` behind all earlier work. Never blocks."""
@@ -63,26 +119,33 @@ class Device(Protocol):
 class _WorkEvent:
     """Set by the thread that does the work; read by the event loop."""
 
-    __slots__ = ("_done", "error")
+    __slots__ = ("_done", "error", "times")
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+        self.times = DeviceTimes()
         self._done = False
 
     def query(self) -> bool:
         return self._done
 
     def run(self, work: Work) -> None:
+        start = time.perf_counter()
         try:
             work()
         except Exception as error:
             self.error = error
         finally:
+            self.times = DeviceTimes(start, time.perf_counter())
             self._done = True
 
 
 class InlineDevice:
     """Work is done when it is submitted, on the caller's thread."""
+
+    must_poll = False
+
+    graphs: GraphDevice | None = None
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -110,6 +173,9 @@ class InlineDevice:
 class CpuDevice:
     """One worker thread as the stream; `num_threads` threads inside each torch operation."""
 
+    must_poll = False
+    graphs: GraphDevice | None = None
+
     def __init__(self, num_threads: int | None = None) -> None:
         self.torch_device = torch.device("cpu")
         self.num_threads = num_threads or len(os.sched_getaffinity(0))
@@ -128,23 +194,7 @@ class CpuDevice:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def resolve(result: T | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]  # no error: it is a T
-
-        def work_and_tell() -> None:
-            try:
-                result = work()
-            except BaseException as error:
-                _call_soon(loop, resolve, None, error)
-            else:
-                _call_soon(loop, resolve, result, None)
-
-        self.submit(work_and_tell)
+        self.submit(lambda: resolve_on_loop(loop, future, work))
         return future
 
     def empty_host(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -193,13 +243,37 @@ def _notification_fds() -> tuple[int, int]:
     return read_fd, write_fd
 
 
+def resolve_on_loop(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], work: Callable[[], T]
+) -> None:
+    """Do `work` on the calling thread, and tell the loop's `future` how it went."""
+
+    def resolve(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # no error: it is a T
+
+    try:
+        result = work()
+    except BaseException as error:
+        _call_soon(loop, resolve, None, error)
+    else:
+        _call_soon(loop, resolve, result, None)
+
+
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
     with contextlib.suppress(RuntimeError):  # the loop closed meanwhile: nobody waits
         loop.call_soon_threadsafe(callback, *arguments)
 
 
 def open_device(name: str, *, cpu_threads: int | None = None) -> Device:
-    """The device for `--device`; "auto" takes the best that this build drives. Raises ConfigError."""
-    if name == "cuda":
-        raise ConfigError("--device cuda: this version drives CPUs only; use --device cpu or auto.")
+    """The device for `--device`; "auto" takes a CUDA device where there is one. Raises ConfigError."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        # Here, not above: its file needs the protocols of this one.
+        from graphllm.runner.cuda_device import CudaDevice
+
+        return CudaDevice()
     return CpuDevice(cpu_threads)

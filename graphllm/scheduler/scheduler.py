@@ -24,7 +24,10 @@ from graphllm.sequence import Sequence, SequenceGroup, SequenceStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """max_num_seqs: most rows in a step. max_num_batched_tokens: most tokens in a step."""
+    """max_num_seqs: most rows in a step. max_num_batched_tokens: most tokens in a step.
+
+    The latter is the largest size that steps are padded to, so a prompt that is cut fills its step exactly.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -70,7 +70,7 @@ class FaultyDevice:
         self.faults, self.num_forwards = frozenset(faults), 0
 
     def submit(self, work: Work) -> DeviceEvent:
-        if isinstance(work, partial) and work.func.__name__ == "_forward":
+        if isinstance(work, partial) and work.func.__name__ == "_step":
             if self.num_forwards in self.faults:
                 work = _explode
             self.num_forwards += 1

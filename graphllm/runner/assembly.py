@@ -1,0 +1,158 @@
+"""Puts the parts of a step together: attention backend, buffers, program, graphs, runner.
+
+Owns which parts a device gets and in which order they can exist. Everything whose size does not depend on
+the memory plan comes first (`StepParts`), so that the plan can be made from what it measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphllm.arena import Arena
+from graphllm.attention.backend import AttentionBackend
+from graphllm.attention.paged import PagedAttention
+from graphllm.attention.triton_paged import TritonPagedAttention
+from graphllm.cache.kv_cache import KVCache, KVCacheShape
+from graphllm.config import EngineConfig
+from graphllm.kernels.triton_support import INTERPRETED
+from graphllm.models.decoder import Decoder
+from graphllm.runner.device import Device
+from graphllm.runner.graph_runner import GraphRunner
+from graphllm.runner.memory_plan import StepLimits
+from graphllm.runner.model_runner import ModelRunner
+from graphllm.runner.sampler import SamplerKind
+from graphllm.runner.staging import StagingRing
+from graphllm.runner.step_buffers import StepBuffers
+from graphllm.runner.step_program import StepProgram
+from graphllm.step_buckets import StepBuckets
+
+# What captured graphs may take of a card together, whatever was measured of one.
+_MOST_GRAPH_BYTES = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What a step needs beside a KV cache."""
+
+    model: Decoder
+    arena: Arena
+    buffers: StepBuffers
+    buckets: StepBuckets
+    device: Device
+
+    def program(self, kv_cache: KVCache) -> StepProgram:
+        return StepProgram(
+            self.model, backend=self.model.backend, buffers=self.buffers, kv_cache=kv_cache, arena=self.arena
+        )
+
+    def graphs(
+        self, program: StepProgram, *, enabled: bool = True, max_bytes: int | None = None
+    ) -> GraphRunner:
+        return GraphRunner(
+            program,
+            self.buckets,
+            max_num_seqs=self.buffers.max_num_seqs,
+            device=self.device.graphs if enabled else None,
+            max_bytes=max_bytes,
+        )
+
+    def runner(
+        self,
+        program: StepProgram,
+        graphs: GraphRunner,
+        *,
+        limits: StepLimits,
+        kv_cache: KVCache,
+        eos_token_ids: frozenset[int],
+    ) -> ModelRunner:
+        staging = StagingRing(
+            limits,
+            max_num_seqs=self.buffers.max_num_seqs,
+            padding_slot=self.buffers.padding_slot,
+            device=self.device,
+        )
+        return ModelRunner(
+            program,
+            graphs,
+            device=self.device,
+            staging=staging,
+            kv_cache=kv_cache,
+            eos_token_ids=eos_token_ids,
+        )
+
+
+def choose_backend(
+    config: EngineConfig, limits: StepLimits, device: Device, *, arena: Arena
+) -> AttentionBackend:
+    """Our kernels where they run, else the CPU's way."""
+    if device.torch_device.type == "cuda" or INTERPRETED:
+        return TritonPagedAttention(
+            block_size=config.block_size,
+            arena=arena,
+            max_num_rows=config.max_num_seqs,
+            max_model_len=limits.max_model_len,
+        )
+    return PagedAttention(block_size=config.block_size)
+
+
+def assemble_step(
+    config: EngineConfig, limits: StepLimits, device: Device, *, model: Decoder, arena: Arena
+) -> StepParts:
+    """Build the parts around a model; `arena` is that of the model's attention backend."""
+    return StepParts(
+        model=model,
+        arena=arena,
+        buffers=StepBuffers(
+            limits,
+            max_num_seqs=config.max_num_seqs,
+            vocab_size=model.config.vocab_size,
+            device=device.torch_device,
+        ),
+        buckets=StepBuckets.choose(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            decode_sizes=config.cudagraph_capture_sizes,
+        ),
+        device=device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LargestStep:
+    """Measured on a card, in bytes. free_bytes: with tables and arena there, before any graph."""
+
+    free_bytes: int
+    graph_bytes: int
+
+
+def measure_largest_step(parts: StepParts, kv_shape: KVCacheShape, *, graphs_enabled: bool) -> LargestStep:
+    """Run the largest steps over a cache of no use, which fixes the arena, and capture one of them.
+
+    graph_bytes is what all graphs of steady traffic would take at the price of the one, 1 GiB at most:
+    when it is used up, the rest stays eager.
+    """
+    assert parts.device.graphs is not None, "a card captures graphs"
+    kv_cache = KVCache(kv_shape, 2, device=parts.device.torch_device)
+    program = parts.program(kv_cache)
+    graphs = parts.graphs(program)
+    run_largest_steps(program, graphs, max_num_batched_tokens=parts.buckets.token_sizes[-1])
+    parts.arena.seal()
+    parts.device.graphs.trim()
+    free_bytes = parts.device.graphs.free_bytes()
+    if not graphs_enabled:
+        return LargestStep(free_bytes, 0)
+    graphs.capture_largest()
+    graph_bytes = graphs.num_bytes * len(graphs.default_keys())
+    return LargestStep(free_bytes, min(graph_bytes, _MOST_GRAPH_BYTES))
+
+
+def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batched_tokens: int) -> None:
+    """Run the largest steps on padding alone, with every sampler, so that the arena is as large as it gets."""
+    num_seqs = program.buffers.max_num_seqs
+    for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
+        program.forward(shape)
+    for kind in SamplerKind:
+        program.sample(num_seqs, kind)
+    for kind in (SamplerKind.GENERAL, SamplerKind.LOGPROBS):
+        for masked in (False, True):
+            program.sample_subset(num_seqs, kind, masked=masked)

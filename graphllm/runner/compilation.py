@@ -1,0 +1,188 @@
+"""When kernels are compiled: ahead, in helper processes, and never unnoticed on the event loop.
+
+A kernel's first compilation takes seconds, in which every stream would stand still. So before a model's
+steps are first run on a card, helper processes run the same steps with one layer of random weights, which
+leaves every kernel in Triton's cache on disk. Owns the helpers and the watch that reports what was compiled
+in spite of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+from graphllm.arena import Arena
+from graphllm.cache.kv_cache import KVCache, KVCacheShape
+from graphllm.config import EngineConfig
+from graphllm.models.checkpoint import open_model, resolve_model_path
+from graphllm.models.config import ModelConfig, resolve_dtype
+from graphllm.models.decoder import Decoder
+from graphllm.models.dummy import fill_random
+from graphllm.models.registry import find_family, read_model_config
+from graphllm.models.weights import choose_product
+from graphllm.quant.unquantized import Unquantized
+from graphllm.runner.assembly import StepParts, assemble_step, choose_backend
+from graphllm.runner.device import Device, open_device
+from graphllm.runner.graph_runner import GraphRunner
+from graphllm.runner.memory_plan import plan_limits
+from graphllm.runner.sampler import SamplerKind
+from graphllm.runner.step_program import StepProgram
+
+logger = logging.getLogger(__name__)
+
+SHARES = ("decode", "mixed", "sampler")
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class CompilationWatch:
+    """Calls `on_compiled(kernel name, seconds)` for each kernel that Triton compiles in this process.
+
+    What comes ready from the cache on disk is not reported: it takes a millisecond.
+    """
+
+    def __init__(self, on_compiled: Callable[[str, float], None]) -> None:
+        self._on_compiled = on_compiled
+        self._previous: Any = None
+
+    def start(self) -> None:
+        self._previous = knobs.compilation.listener
+        knobs.compilation.listener = self._listen
+
+    def stop(self) -> None:
+        if knobs.compilation.listener == self._listen:
+            knobs.compilation.listener = self._previous
+
+    def _listen(self, *, metadata: dict[str, Any], times: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            self._on_compiled(str(metadata.get("name")), times.total / 1e6)
+        if self._previous is not None:
+            self._previous(metadata=metadata, times=times, cache_hit=cache_hit, **rest)
+
+
+class AheadCompilation:
+    """Helper processes that compile what `config` will need, unless that was done before."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._marker = Path(knobs.cache.dir) / f"graphllm-{_fingerprint(config)}.compiled"
+        self._started = time.perf_counter()
+        self._helpers: list[subprocess.Popen[bytes]] = []
+        if self._marker.exists():
+            return
+        logger.info("compiling kernels for %s (once for this model and card)", config.model)
+        command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(config))]
+        self._helpers = [subprocess.Popen([*command, share], stdin=subprocess.DEVNULL) for share in SHARES]
+
+    def wait(self) -> None:
+        """Until all are done. A helper that fails costs time later and nothing else."""
+        codes = [helper.wait() for helper in self._helpers]
+        if any(codes):
+            logger.warning("kernels could not all be compiled ahead: they will be when first used")
+        elif codes:
+            logger.info("kernels compiled in %.1f s", time.perf_counter() - self._started)
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            self._marker.touch()
+
+
+def _fingerprint(config: EngineConfig) -> str:
+    """What the compiled kernels depend on: their sources, the model's shape, the card and the versions."""
+    digest = hashlib.sha256()
+    sources = [*_PACKAGE.glob("kernels/*.py"), *_PACKAGE.glob("kernels/*.json"), *_PACKAGE.glob("attention/*.py")]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    versions = (triton.__version__, torch.__version__, torch.cuda.get_device_name())
+    digest.update(repr((versions, _model_config(config), dataclasses.asdict(config))).encode())
+    return digest.hexdigest()[:32]
+
+
+def _model_config(config: EngineConfig) -> ModelConfig:
+    checkpoint = open_model(resolve_model_path(config.model), config.load_format)
+    return read_model_config(checkpoint, find_family(checkpoint))
+
+
+def run_share(config: EngineConfig, share: str, device: Device) -> None:
+    """Run the steps of one share, on padding alone, with one layer of random weights."""
+    model_config = _model_config(config)
+    torch_device = device.torch_device
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
+    limits = plan_limits(
+        config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
+    )
+    model_config = dataclasses.replace(model_config, num_layers=1)
+    arena = Arena(torch_device)
+    model = Decoder(
+        model_config,
+        backend=choose_backend(config, limits, device, arena=arena),
+        scheme=Unquantized(choose_product(model_config, device=torch_device, dtype=dtype)),
+        device=torch_device,
+        dtype=dtype,
+    )
+    fill_random(model, seed=0)
+    parts = assemble_step(config, limits, device, model=model, arena=arena)
+    kv_shape = KVCacheShape(
+        num_layers=1,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=dtype,
+    )
+    program = parts.program(KVCache(kv_shape, 2, device=torch_device))
+    graphs = parts.graphs(program)
+    _SHARE_RUNNERS[share](parts, program, graphs)
+
+
+def _run_decode(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:
+    for size in parts.buckets.decode_sizes:
+        program.forward(graphs.decode_shape(size))
+        program.sample(size, SamplerKind.GREEDY)
+
+
+def _run_mixed(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:
+    for size in parts.buckets.token_sizes:
+        program.forward(graphs.mixed_shape(size))
+
+
+def _run_samplers(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:
+    for size in parts.buckets.decode_sizes:
+        for kind in (SamplerKind.GENERAL, SamplerKind.LOGPROBS):
+            program.sample(size, kind)
+            for masked in (False, True):
+                program.sample_subset(size, kind, masked=masked)
+
+
+_SHARE_RUNNERS = {"decode": _run_decode, "mixed": _run_mixed, "sampler": _run_samplers}
+
+
+def main() -> int:
+    """Compile one share of a configuration's kernels; what `AheadCompilation` starts."""
+    parser = argparse.ArgumentParser(description="Compile a share of a model's kernels.")
+    parser.add_argument("config", type=json.loads)
+    parser.add_argument("share", choices=SHARES)
+    arguments = parser.parse_args()
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()
+    }
+    device = open_device("cuda")
+    work = device.submit(lambda: run_share(EngineConfig(**values), arguments.share, device))
+    device.close()
+    while not work.query():
+        pass
+    if work.error is not None:
+        raise work.error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What the device does in one step, from slot tables to sampled tokens.
+
+Owns the order of the device's operations. They depend on a `StepShape` and on what lies in the persistent
+buffers, never on numbers of the step, so that the same program runs kernel by kernel, inside a capture and
+on a CPU. Uploads before it and copies of results after it are the runner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from graphllm.arena import Arena
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
+from graphllm.cache.kv_cache import KVCache
+from graphllm.kernels.step_inputs import step_inputs
+from graphllm.kernels.triton_support import runs_triton
+from graphllm.models.decoder import Decoder
+from graphllm.runner.device_sampler import sample_on_device
+from graphllm.runner.sampler import SamplerKind, SamplerVariant, sample
+from graphllm.runner.step_buffers import StepBuffers
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The sizes of a step's tensors: all that a captured graph fixes."""
+
+    bucket: AttentionBucket
+    num_pairs: int
+
+
+class StepProgram:
+    """One model's step over one set of persistent buffers."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        backend: AttentionBackend,
+        buffers: StepBuffers,
+        kv_cache: KVCache,
+        arena: Arena,
+    ) -> None:
+        self.buffers = buffers
+        self.arena = arena
+        self._model = model
+        self._backend = backend
+        self._kv_cache = kv_cache
+
+    def forward_in_slices(self, shape: StepShape) -> Iterator[None]:
+        """The model; yields after each layer. Leaves logits of the sampled rows and the slots' new lengths."""
+        buffers, bucket = self.buffers, shape.bucket
+        inputs = buffers.step_inputs(
+            num_tokens=bucket.num_tokens, num_rows=bucket.num_rows, num_pairs=shape.num_pairs
+        )
+        row_slots, query_lens = buffers.row_slots(bucket.num_rows), buffers.row_lens(bucket.num_rows)
+        block_size = self._kv_cache.shape.block_size
+        step_inputs(
+            row_slots=row_slots,
+            query_lens=query_lens,
+            pair_rows=buffers.pair_rows(shape.num_pairs),
+            num_computed_tokens=buffers.num_computed_tokens,
+            block_tables=buffers.block_tables,
+            token_table=buffers.token_table,
+            block_size=block_size,
+            is_decode=bucket.is_decode,
+            out=inputs,
+        )
+        attention_inputs = AttentionInputs(
+            row_slots=row_slots,
+            query_lens=query_lens,
+            context_lens=inputs.context_lens,
+            query_starts=inputs.query_starts,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            block_tables=buffers.block_tables,
+        )
+        metadata = self._backend.plan(attention_inputs, bucket)
+        self._backend.begin_step(metadata)
+        yield from self._model.forward_in_slices(
+            inputs.token_ids,
+            inputs.positions,
+            layer_caches=self._kv_cache.layers,
+            metadata=metadata,
+            arena=self.arena,
+            sampled_tokens=inputs.sampled_tokens,
+            logits=buffers.logits[: shape.num_pairs],
+        )
+        buffers.num_computed_tokens.index_copy_(0, row_slots, inputs.context_lens)
+
+    def forward(self, shape: StepShape) -> None:
+        """See `forward_in_slices`."""
+        for _ in self.forward_in_slices(shape):
+            pass
+
+    def sample(self, num_pairs: int, kind: SamplerKind) -> None:
+        """Sample the step's first `num_pairs` pairs from the logits, as a captured step does."""
+        self._sample_on_device(self.buffers.pair_slots(num_pairs), kind, lines=None, masks=None)
+
+    def sample_subset(self, num_pairs: int, kind: SamplerKind, *, masked: bool) -> None:
+        """The same for the pairs that `buffers.subset` names, with the masks that lie in `buffers.masks`."""
+        lines, slots = self.buffers.subset[:, :num_pairs].unbind()
+        self._sample_on_device(
+            slots, kind, lines=lines, masks=self.buffers.masks[:num_pairs] if masked else None
+        )
+
+    def sample_by_reference(self, num_pairs: int, variant: SamplerVariant) -> None:
+        """`sample` where no kernels run, for exactly the operations that the pairs need."""
+        self._sample_by_reference(None, self.buffers.pair_slots(num_pairs), variant=variant, masks=None)
+
+    def sample_subset_by_reference(self, num_pairs: int, variant: SamplerVariant, *, masked: bool) -> None:
+        """`sample_subset` where no kernels run."""
+        lines, slots = self.buffers.subset[:, :num_pairs].unbind()
+        masks = self.buffers.masks[:num_pairs] if masked else None
+        self._sample_by_reference(lines, slots, variant=variant, masks=masks)
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether steps are done by kernels, which read nothing on the host, or by their references."""
+        return runs_triton(self.buffers.logits)
+
+    def _sample_on_device(
+        self,
+        slots: torch.Tensor,
+        kind: SamplerKind,
+        *,
+        lines: torch.Tensor | None,
+        masks: torch.Tensor | None,
+    ) -> None:
+        buffers = self.buffers
+        sample_on_device(
+            buffers.logits,
+            slots=slots,
+            tables=buffers.sampling,
+            kind=kind,
+            token_table=buffers.token_table,
+            lengths=buffers.num_computed_tokens,
+            results=buffers.results,
+            arena=self.arena,
+            masks=masks,
+            lines=lines,
+        )
+
+    def _sample_by_reference(
+        self,
+        lines: torch.Tensor | None,
+        slots: torch.Tensor,
+        *,
+        variant: SamplerVariant,
+        masks: torch.Tensor | None,
+    ) -> None:
+        buffers = self.buffers
+        where: slice | torch.Tensor = slice(0, len(slots)) if lines is None else lines
+        sampled = sample(
+            buffers.logits[where],
+            slots=slots,
+            tables=buffers.sampling,
+            variant=variant,
+            token_table=buffers.token_table,
+            lengths=buffers.num_computed_tokens,
+            mask=masks,
+        )
+        positions = buffers.num_computed_tokens[slots]
+        buffers.token_table[slots, positions] = sampled.token_ids.int()
+        buffers.results.token_ids[where] = sampled.token_ids
+        if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
+            return
+        width = sampled.top_ids.shape[1]
+        buffers.results.logprobs[where] = sampled.logprobs
+        buffers.results.top_ids[where, :width] = sampled.top_ids
+        buffers.results.top_logprobs[where, :width] = sampled.top_logprobs
