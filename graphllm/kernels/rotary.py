@@ -6,39 +6,137 @@ the angle a_i = position * inverse_frequency_i:
     y_i         = x_i         * cos(a_i) - x_{i + d/2} * sin(a_i)
     y_{i + d/2} = x_{i + d/2} * cos(a_i) + x_i         * sin(a_i)
 
-Owns the angles' tables of one step and the turn. Which frequencies a model has is `layers/rotary.py`'s.
+Owns the tables of one step's angles, which all layers share, and what a turn is. On a device the turn
+happens in `rotary_cache_write.py`; which frequencies a model has is `layers/rotary.py`'s.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from graphllm.kernels.triton_support import (
+    launch_options,
+    release_successor,
+    runs_triton,
+    wait_for_predecessor,
+)
 
-def rotary_tables(
-    positions: Tensor, inverse_frequencies: Tensor, *, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+_QUARTER_TURN: tl.constexpr = tl.constexpr(math.pi / 2)
+_QUARTER_TURNS_PER_RADIAN: tl.constexpr = tl.constexpr(2 / math.pi)
+_ANGLES_PER_PROGRAM = 128  # one a thread: when a step is short it matters how soon its first kernels end
+
+
+def rotary_ref(heads: Tensor, tables: Tensor) -> None:
+    """Turn heads by their tokens' angles, in place.
+
+    heads: [num_tokens, num_heads, head_dim], query and key heads alike, any strides; tables: [2,
+    num_tokens, head_dim] of heads' dtype, from `rotary_tables`.
+    """
+    cos, signed_sin = tables.unsqueeze(2).unbind()  # [num_tokens, 1, head_dim]
+    swapped = torch.roll(heads, heads.shape[-1] // 2, dims=-1)  # [num_tokens, num_heads, head_dim]
+    heads.mul_(cos).addcmul_(swapped, signed_sin)
+
+
+def rotary_tables_ref(positions: Tensor, inverse_frequencies: Tensor, *, scale: float, out: Tensor) -> Tensor:
     """Cosines and signed sines for one step, to be shared by all layers.
 
-    positions: [num_tokens] int64; inverse_frequencies: [head_dim / 2] float32; scale multiplies both.
-    Returns cos and signed_sin, [num_tokens, 1, head_dim] of `dtype`; both halves of cos are the same,
-    and the first half of signed_sin is negated, so that the turn is x * cos + swapped(x) * signed_sin.
+    positions: [num_tokens] int64; inverse_frequencies: [head_dim / 2] float32; scale multiplies both
+    (YaRN's attention factor). out: [2, num_tokens, head_dim], of any floating dtype: out[0] has the
+    cosines, the same in both halves, and out[1] the sines, negated in the first half, so that a turn is
+    x * cos + swapped(x) * signed_sin. Angles, cosines and sines are float32, as the models were trained,
+    and rounded at the end. Returns out.
     """
-    angles = positions.float()[:, None, None] * inverse_frequencies  # [num_tokens, 1, head_dim / 2]
+    half = inverse_frequencies.shape[0]
+    angles = positions.float()[:, None] * inverse_frequencies  # [num_tokens, head_dim / 2]
     cos, sin = angles.cos().mul_(scale), angles.sin_().mul_(scale)
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    out[0].view(-1, 2, half).copy_(cos[:, None])
+    out[1, :, half:].copy_(sin)
+    out[1, :, :half].copy_(sin.neg_())
+    return out
 
 
-def rotary_ref(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Turn heads by their tokens' angles.
+@triton.jit
+def _sine_and_cosine(angle):
+    """sin and cos of a float32 angle of up to 1e6 radians, to about one unit in the last place of 1.
 
-    heads: [num_tokens, num_heads, head_dim], query and key heads alike, any strides; cos and signed_sin
-    as `rotary_tables` returns them. Returns a new contiguous tensor of heads' shape and dtype.
+    The angle loses whole quarter turns in float64, where the remainder of 1e6 keeps an error under 1e-9,
+    and Taylor's series does the rest: on [-pi/4, pi/4] the first terms left out are below 3e-8. The
+    library's functions would do as well, but reduce large angles with a table on the stack.
     """
-    swapped = torch.roll(heads, heads.shape[-1] // 2, dims=-1)  # [num_tokens, num_heads, head_dim]
-    return torch.mul(heads, cos).addcmul_(swapped, signed_sin)
+    wide = angle.to(tl.float64)
+    quarters = tl.floor(wide * _QUARTER_TURNS_PER_RADIAN + 0.5)
+    x = (wide - quarters * _QUARTER_TURN).to(tl.float32)
+    x2 = x * x
+    near_sin = x + x * x2 * (-1 / 6 + x2 * (1 / 120 + x2 * (-1 / 5040 + x2 * (1 / 362880))))
+    near_cos = 1.0 + x2 * (-1 / 2 + x2 * (1 / 24 + x2 * (-1 / 720 + x2 * (1 / 40320))))
+    quadrant = quarters.to(tl.int32) & 3
+    is_odd = (quadrant & 1) == 1
+    sin = tl.where(is_odd, near_cos, near_sin)
+    cos = tl.where(is_odd, near_sin, near_cos)
+    sin = tl.where(quadrant >= 2, -sin, sin)
+    cos = tl.where((quadrant == 1) | (quadrant == 2), -cos, cos)
+    return sin, cos
 
 
-def rotary(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """See `rotary_ref`."""
-    return rotary_ref(heads, cos, signed_sin)
+@triton.jit(do_not_specialize=["num_tokens"])
+def _rotary_tables_kernel(
+    positions,
+    inverse_frequencies,
+    out,
+    num_tokens,
+    SCALE: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    ANGLES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    angle = tl.program_id(0) * ANGLES + tl.arange(0, ANGLES)
+    token, pair = angle // HALF_PADDED, angle % HALF_PADDED
+    frequency = tl.load(inverse_frequencies + pair, pair < HALF, other=0.0)
+    wait_for_predecessor(PDL)
+    release_successor(PDL)
+    position = tl.load(positions + token, token < num_tokens, other=0)
+
+    sin, cos = _sine_and_cosine(position.to(tl.float32) * frequency)
+    sin, cos = sin * SCALE, cos * SCALE
+    cos_row = out + token.to(tl.int64) * (2 * HALF)
+    sin_row = cos_row + num_tokens.to(tl.int64) * (2 * HALF)
+    mask = (token < num_tokens) & (pair < HALF)
+    tl.store(cos_row + pair, cos.to(DTYPE), mask)
+    tl.store(cos_row + HALF + pair, cos.to(DTYPE), mask)
+    tl.store(sin_row + pair, (-sin).to(DTYPE), mask)
+    tl.store(sin_row + HALF + pair, sin.to(DTYPE), mask)
+
+
+def rotary_tables(positions: Tensor, inverse_frequencies: Tensor, *, scale: float, out: Tensor) -> Tensor:
+    """See `rotary_tables_ref`; out contiguous. Exact to 2e-6 at positions of up to 131,072 times a
+    frequency of at most 1, to 1e-5 at a million.
+    """
+    num_tokens, half = positions.shape[0], inverse_frequencies.shape[0]
+    assert out.shape == (2, num_tokens, 2 * half) and out.is_contiguous()
+    if not runs_triton(out):
+        return rotary_tables_ref(positions, inverse_frequencies, scale=scale, out=out)
+    if num_tokens == 0:
+        return out
+    half_padded = triton.next_power_of_2(half)
+    num_programs = triton.cdiv(num_tokens * half_padded, _ANGLES_PER_PROGRAM)
+    _rotary_tables_kernel[(num_programs,)](
+        positions,
+        inverse_frequencies,
+        out,
+        num_tokens,
+        SCALE=scale,
+        HALF=half,
+        HALF_PADDED=half_padded,
+        ANGLES=_ANGLES_PER_PROGRAM,
+        num_warps=4,
+        enable_fp_fusion=False,  # so that what the interpreter proves is what a card computes
+        **launch_options(out.device),
+    )
+    return out

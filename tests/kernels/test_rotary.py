@@ -5,7 +5,24 @@ import cmath
 import pytest
 import torch
 
-from graphllm.kernels.rotary import rotary, rotary_tables
+from graphllm.kernels.rotary import rotary_ref, rotary_tables_ref
+
+
+def tables(
+    positions: torch.Tensor,
+    frequencies: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    out = torch.full((2, len(positions), 2 * len(frequencies)), torch.nan, dtype=dtype)
+    return rotary_tables_ref(positions, frequencies, scale=scale, out=out)
+
+
+def turned(heads: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    heads = heads.clone()
+    rotary_ref(heads, tables)
+    return heads
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 10, 64])
@@ -15,8 +32,7 @@ def test_pairs_of_dimensions_turn_like_complex_numbers(head_dim: int, num_heads:
     positions = torch.tensor([0, 1, 5, 1000])
     frequencies = torch.rand(head_dim // 2)
     heads = torch.randn(4, num_heads, head_dim)
-    cos, sin = rotary_tables(positions, frequencies, scale=1.5, dtype=torch.float32)
-    turned = rotary(heads, cos, sin)
+    found_heads = turned(heads, tables(positions, frequencies, scale=1.5))
     half = head_dim // 2
     for token, position in enumerate(positions.tolist()):
         for head in range(num_heads):
@@ -24,7 +40,7 @@ def test_pairs_of_dimensions_turn_like_complex_numbers(head_dim: int, num_heads:
                 x = heads[token, head]
                 point = complex(x[pair], x[pair + half])
                 expected = point * cmath.exp(1j * position * frequency) * 1.5
-                found = complex(turned[token, head, pair], turned[token, head, pair + half])
+                found = complex(found_heads[token, head, pair], found_heads[token, head, pair + half])
                 assert abs(found - expected) < 2e-4  # float32 angles of up to 1000
 
 
@@ -35,9 +51,8 @@ def test_scores_depend_on_the_distance_only() -> None:
 
     def score(query_position: int, key_position: int) -> float:
         positions = torch.tensor([query_position, key_position])
-        cos, sin = rotary_tables(positions, frequencies, scale=1.0, dtype=torch.float32)
-        turned = rotary(torch.cat((query, key)), cos, sin)
-        return float((turned[0] * turned[1]).sum())
+        heads = turned(torch.cat((query, key)), tables(positions, frequencies))
+        return float((heads[0] * heads[1]).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-2
@@ -48,18 +63,25 @@ def test_low_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     positions, frequencies = torch.arange(9), torch.rand(4)
     heads = torch.randn(9, 2, 8).to(dtype)
-    exact = rotary(heads.float(), *rotary_tables(positions, frequencies, scale=1.0, dtype=torch.float32))
-    turned = rotary(heads, *rotary_tables(positions, frequencies, scale=1.0, dtype=dtype))
-    assert turned.dtype == dtype
-    assert (turned - exact).abs().max() < 4 * torch.finfo(dtype).eps * heads.abs().max()
+    exact = turned(heads.float(), tables(positions, frequencies))
+    found = turned(heads, tables(positions, frequencies, dtype=dtype))
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() < 4 * torch.finfo(dtype).eps * heads.abs().max()
 
 
-def test_a_slice_of_a_merged_projection_is_turned_without_touching_it() -> None:
+def test_a_slice_of_a_merged_projection_is_turned_without_touching_the_rest() -> None:
     torch.manual_seed(0)
     merged = torch.randn(3, 5, 8)
     before = merged.clone()
-    tables = rotary_tables(torch.tensor([4, 5, 6]), torch.rand(4), scale=1.0, dtype=torch.float32)
-    turned = rotary(merged[:, :3], *tables)
-    assert torch.equal(merged, before)
-    assert turned.is_contiguous()
-    assert torch.equal(turned, rotary(merged[:, :3].contiguous(), *tables))
+    angles = tables(torch.tensor([4, 5, 6]), torch.rand(4))
+    rotary_ref(merged[:, :3], angles)
+    assert torch.equal(merged[:, 3:], before[:, 3:])
+    assert torch.equal(merged[:, :3], turned(before[:, :3].contiguous(), angles))
+
+
+def test_both_halves_of_the_tables_hold_the_same_angles() -> None:
+    torch.manual_seed(0)
+    cos, signed_sin = tables(torch.arange(7), torch.rand(5), scale=1.25)
+    assert torch.equal(cos[:, :5], cos[:, 5:])
+    assert torch.equal(signed_sin[:, :5], -signed_sin[:, 5:])
+    assert torch.allclose(cos**2 + signed_sin**2, torch.tensor(1.25**2))
