@@ -53,7 +53,7 @@ def gated_activation_ref(gate_up: Tensor, activation: Activation, *, out: Tensor
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """f of float32 values."""
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
@@ -80,7 +80,7 @@ def _gated_activation_kernel(
     up = tl.load(gates + INTERMEDIATE, mask=in_row, other=0.0)
     release_successor(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
-    activated = _activate(widen(gate), ACTIVATION).to(dtype)
+    activated = activate(widen(gate), ACTIVATION).to(dtype)
     tl.store(out + token * INTERMEDIATE + columns, (widen(activated) * widen(up)).to(dtype), mask=in_row)
 
 

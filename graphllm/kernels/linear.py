@@ -1,9 +1,12 @@
-"""The product of a linear layer, and which library computes it on a CPU.
+"""The product of a linear layer, and who computes it.
 
     y_{t,n} = sum_k x_{t,k} * weight_{n,k} + bias_n
 
+On a card that is cuBLAS, or for a few rows `skinny_linear` where the table of `linear_choice.py` says that
+it was measured to be faster.
+
 torch's CPU build brings Intel's MKL and numpy's wheels bring OpenBLAS. On a CPU that is not Intel's the
-second can be twice as fast, so a process measures both once (`choose_cpu_product`) and keeps one: a
+second can be twice as fast, so there a process measures both once (`choose_cpu_product`) and keeps one: a
 product that changed with the number of rows would make a request's text depend on its neighbours.
 
 Idle threads of OpenBLAS and of torch's OpenMP keep spinning for milliseconds, in wait for the next call.
@@ -22,12 +25,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# (x [num_tokens, in_features], weight [out_features, in_features], bias [out_features] or None)
-# -> [num_tokens, out_features]
-LinearProduct = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from graphllm.kernels.linear_choice import (
+    ROW_BUCKETS,
+    LinearTable,
+    SkinnyConfig,
+    capability_of,
+    choose_linear,
+)
+from graphllm.kernels.skinny_linear import skinny_linear, skinny_num_counters, skinny_scratch_bytes
+from graphllm.kernels.triton_support import runs_triton
+
+# (x [num_tokens, in_features], weight [out_features, in_features], bias [out_features] or None,
+#  out [num_tokens, out_features]) -> out
+LinearProduct = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 _TRIAL_ROWS = (1, 16)
 # Weights must stream from memory, as they do in a step: more than a last-level cache holds.
@@ -44,23 +56,115 @@ _MAX_OPENBLAS_THREADS = 4
 _CLEAR_WIN = 0.85
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [num_tokens, in_features]; returns [num_tokens, out_features] of x's dtype; any device."""
-    return F.linear(x, weight, bias)
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """x: [num_tokens, in_features]; writes [num_tokens, out_features] into `out` and returns it.
+
+    Any device; out is contiguous, of x's dtype or float32. On a card this is cuBLAS, which writes float32
+    without rounding the sums to x's dtype first.
+    """
+    if out.dtype == x.dtype:
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+    if x.is_cuda:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(x, weight.t()))
+    return out if bias is None else out.add_(bias)
 
 
-def linear_openblas(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_openblas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """The same through numpy's BLAS, over the same memory; float32 on the CPU only.
 
     A batch with equal strides is read in place, otherwise numpy copies it first.
     """
-    product = torch.from_numpy(np.dot(x.numpy(), weight.numpy().T))  # [num_tokens, out_features]
-    return product if bias is None else product.add_(bias)
+    np.dot(x.numpy(), weight.numpy().T, out=out.numpy())
+    return out if bias is None else out.add_(bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `linear_ref`."""
-    return linear_ref(x, weight, bias)
+@dataclass(frozen=True, slots=True)
+class LinearWorkspace:
+    """What products with split sums need beside their operands; they must run one after the other.
+
+    partials: float32, any values. counters: int32, zeros between launches.
+    """
+
+    partials: Tensor
+    counters: Tensor
+
+    def holds(self, num_rows: int, out_features: int, config: SkinnyConfig) -> bool:
+        return self.partials.nbytes >= skinny_scratch_bytes(
+            num_rows, out_features, config
+        ) and self.counters.numel() >= skinny_num_counters(out_features, config)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    workspace: LinearWorkspace,
+    table: LinearTable | None = None,
+) -> Tensor:
+    """See `linear_ref`; on a card by the kernel that `table` (None: the one in force) names for the shape.
+
+    A configuration whose split sums need more than the workspace holds is passed over for cuBLAS.
+    """
+    if runs_triton(x):
+        num_rows, (out_features, in_features) = x.shape[0], weight.shape
+        config = choose_linear(
+            num_rows,
+            out_features,
+            in_features,
+            dtype=weight.dtype,
+            capability=capability_of(x.device),
+            table=table,
+        )
+        if config is not None and workspace.holds(num_rows, out_features, config):
+            partials, counters = workspace.partials, workspace.counters
+            return skinny_linear(x, weight, bias, out, config=config, partials=partials, counters=counters)
+    return linear_ref(x, weight, bias, out)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProduct:
+    """A LinearProduct: `linear` with a workspace and a table."""
+
+    workspace: LinearWorkspace
+    table: LinearTable | None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        return linear(x, weight, bias, out, workspace=self.workspace, table=self.table)
+
+
+def gpu_product(
+    shapes: Sequence[tuple[int, int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    table: LinearTable | None = None,
+) -> GpuProduct:
+    """`linear` with a workspace of its own, for a model whose products run one after the other.
+
+    shapes: (out_features, in_features) of all of the model's products, its head's too. The workspace is
+    allocated here, once, and its addresses may be captured.
+    """
+    num_bytes = num_counters = 0
+    capability = capability_of(device)
+    for out_features, in_features in set(shapes):
+        for rows in ROW_BUCKETS:
+            config = choose_linear(
+                rows, out_features, in_features, dtype=dtype, capability=capability, table=table
+            )
+            if config is not None:
+                num_bytes = max(num_bytes, skinny_scratch_bytes(rows, out_features, config))
+                num_counters = max(num_counters, skinny_num_counters(out_features, config))
+    workspace = LinearWorkspace(
+        torch.empty(num_bytes // 4, dtype=torch.float32, device=device),
+        torch.zeros(num_counters, dtype=torch.int32, device=device),
+    )
+    return GpuProduct(workspace, table)
 
 
 def set_openblas_threads(num_threads: int) -> bool:
@@ -117,6 +221,7 @@ def choose_cpu_product(shapes: Sequence[tuple[int, int]], *, num_threads: int) -
         return CpuProductChoice(linear_ref, "torch", {})
     weights = _trial_weights(shapes)
     inputs = {rows: [torch.ones(rows, weight.shape[1]) for weight in weights] for rows in _TRIAL_ROWS}
+    outs = {rows: [torch.empty(rows, len(weight)) for weight in weights] for rows in _TRIAL_ROWS}
     candidates: dict[str, LinearProduct] = {"torch": linear_ref, "openblas": linear_openblas}
     best = {name: dict.fromkeys(_TRIAL_ROWS, math.inf) for name in candidates}
     began = time.perf_counter()
@@ -127,8 +232,8 @@ def choose_cpu_product(shapes: Sequence[tuple[int, int]], *, num_threads: int) -
             give_threads(product, num_threads)
             for rows in _TRIAL_ROWS:
                 start = time.perf_counter()
-                for x, weight in zip(inputs[rows], weights, strict=True):
-                    product(x, weight, None)
+                for x, weight, out in zip(inputs[rows], weights, outs[rows], strict=True):
+                    product(x, weight, None, out)
                 best[name][rows] = min(best[name][rows], (time.perf_counter() - start) * 1e3)
             time.sleep(_SPIN_SECONDS if num_threads > 1 else 0)
     cost = {name: math.sqrt(math.prod(times.values())) for name, times in best.items()}

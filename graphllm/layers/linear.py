@@ -61,7 +61,7 @@ class Linear(LoadableModule):
         self.scheme.load(self, name, tensor=tensor, first_row=first_row)
 
     def forward(self, x: torch.Tensor, *, arena: Arena, name: str) -> torch.Tensor:
-        """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts], which is `name` of the arena."""
+        """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts], the arena's `name`."""
         out = arena.take(name, x.shape[0], self.out_features, dtype=x.dtype)
         self.scheme.apply(self, x, out=out)
         return out

@@ -36,8 +36,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""
-        gate_up: torch.Tensor = self.gate_up(x, arena=arena, name="wide")  # [num_tokens, 2 * intermediate]
         activated = arena.take("inner", x.shape[0], self.intermediate_size, dtype=x.dtype)
-        gated_activation(gate_up, self.activation, out=activated)
+        if not self.gate_up.scheme.apply_gated(self.gate_up, x, self.activation, out=activated):
+            gate_up: torch.Tensor = self.gate_up(
+                x, arena=arena, name="wide"
+            )  # [num_tokens, 2 * intermediate]
+            gated_activation(gate_up, self.activation, out=activated)
         output: torch.Tensor = self.down(activated, arena=arena, name="delta")
         return output

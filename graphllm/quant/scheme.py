@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from graphllm.kernels.gated_activation import Activation
+
 
 class LinearScheme(Protocol):
     """y = x W^T + b, W stored in some form."""
@@ -42,5 +44,14 @@ class LinearScheme(Protocol):
         """Multiply into `out`.
 
         x: [num_tokens, in_features]; out: [num_tokens, out_features], contiguous, of x's dtype or float32.
+        """
+        ...
+
+    def apply_gated(
+        self, layer: nn.Module, x: torch.Tensor, activation: Activation, *, out: torch.Tensor
+    ) -> bool:
+        """For a layer of gates and then as many factors: the product and its activation in one kernel.
+
+        out: [num_tokens, out_features / 2]. False, with nothing done, where two kernels are the better way.
         """
         ...

@@ -10,6 +10,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from graphllm.kernels.gated_activation import Activation
+from graphllm.kernels.gated_linear import gated_config_for, gated_linear
 from graphllm.kernels.linear import LinearProduct
 
 
@@ -50,3 +52,15 @@ class Unquantized:
     def apply(self, layer: nn.Module, x: torch.Tensor, *, out: torch.Tensor) -> None:
         weight, bias = cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias)
         self.product(x, weight, bias, out)
+
+    def apply_gated(
+        self, layer: nn.Module, x: torch.Tensor, activation: Activation, *, out: torch.Tensor
+    ) -> bool:
+        if not x.is_cuda:
+            return False
+        weight, bias = cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias)
+        config = gated_config_for(x, weight)
+        if config is None:
+            return False
+        gated_linear(x, weight, bias, activation, out=out, config=config)
+        return True

@@ -198,4 +198,3 @@ def test_the_library_is_measured_when_none_is_given() -> None:
     config = load(as_checkpoint(tiny_llama())).config
     assert choose_product(config, device=CPU, dtype=torch.float32) in (linear_ref, linear_openblas)
     assert choose_product(config, device=CPU, dtype=torch.bfloat16) is linear_ref
-    assert choose_product(config, device=torch.device("cuda"), dtype=torch.float32) is linear_ref
