@@ -30,6 +30,10 @@ setup: $(STAMP)
 	@:
 
 # torch goes first and alone: any other order lets a package that asks for torch choose the build.
+# A CUDA build of torch brings the triton that it was built for, which then takes the place of our pin.
+OUR_PINS := import re, importlib.metadata as metadata; \
+  has_own = any(re.match(r"triton\b", line) for line in metadata.requires("torch") or ()); \
+  print(*(line for line in open("constraints.txt") if not (has_own and line.startswith("triton=="))), sep="", end="")
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "graphllm needs Python 3.11 or later, but $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." >&2; \
@@ -39,16 +43,27 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing torch, the largest package"
 	@$(PIP) --progress-bar on $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	@echo "Installing graphllm and its other packages (a minute or so)"
-	@$(PIP) --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c '$(OUR_PINS)' > $(VENV)/constraints.txt
+	@$(PIP) --quiet -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 # exec: Ctrl-C reaches the server, which drains and exits with 0.
 serve: setup
 	@exec $(BIN)/python -m graphllm --model "$(MODEL)" --port "$(PORT)" $(ARGS)
 
-# Two workers, one thread each; a file's tests stay together, so they share its fixtures.
+# Two suites, because a process either compiles Triton's kernels or interprets them. One after the other,
+# with two workers each and a thread a worker: side by side, the shorter would leave a core idle.
+# A file's tests stay together in the plain suite and share its fixtures; the kernels' tests share nothing.
+# ARGS may choose tests of one suite only (exit 5: none selected), but not of neither.
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@counts=$$(mktemp); trap 'rm -f "$$counts"' EXIT; trap 'exit 130' INT; failed=0; empty=0; \
+	suite() { \
+	  env OMP_NUM_THREADS=1 GRAPHLLM_TEST_COUNTS="$$counts" "$$@" || \
+	  if [ $$? -eq 5 ]; then empty=$$((empty + 1)); else failed=1; fi; }; \
+	suite TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS); \
+	suite TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS); \
+	echo "== $$(paste -s -d ';' "$$counts" | sed 's/;/; /g')"; \
+	[ $$failed -eq 0 ] && [ $$empty -lt 2 ]
 
 check: setup
 	@$(BIN)/ruff check .
@@ -58,12 +73,10 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/serving.py $(ARGS)
 
-# Needs torch with CUDA and pytest in $(PYTHON); pytest's plugins may be missing there.
+# Needs a CUDA device and the packages of $(PYTHON): no $(VENV), no network. PART=kernels, graphs, e2e, bench
+# or peers runs one of the parts; ARGS=--list says what would be run.
 gpu:
-	@files=$$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests || true); \
-	if [ -z "$$files" ]; then echo "No test needs a GPU yet: nothing to run."; exit 0; fi; \
-	$(PYTHON) -m pytest -o addopts=--import-mode=importlib -W default -m gpu $(ARGS) $$files \
-	|| { status=$$?; [ $$status -eq 5 ] && echo "No test needs a GPU yet: nothing was run."; }
+	@$(PYTHON) tools/gpu.py $(PART) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
