@@ -92,9 +92,7 @@ class TimedAttention(PagedAttention):
         out: torch.Tensor,
     ) -> None:
         start = time.perf_counter()
-        super().forward(
-            query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out
-        )
+        super().forward(query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out)
         self.seconds += time.perf_counter() - start
 
 

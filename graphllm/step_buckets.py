@@ -18,9 +18,9 @@ _COARSE_STEP = 8
 class StepBuckets:
     """decode_sizes: rows of a step in which every row decodes. token_sizes: tokens of any other step.
 
-    Both ascend. A step that no size can hold is run as it is. The largest token size is the most that a step
-    may have, so a step that cuts a prompt short is full. The end of a prompt is never put off to save padding:
-    the first token would wait a whole step for it.
+    Both ascend. A step that no size can hold is run as it is. The largest token size is the most that a
+    step may have, so a step that cuts a prompt short is full. The end of a prompt is never put off to save
+    padding: the first token would wait a whole step for it.
     """
 
     decode_sizes: tuple[int, ...]

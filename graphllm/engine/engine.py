@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 
-from tqdm import tqdm
-
 from graphllm.config import EngineConfig
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.loading import load
 from graphllm.engine.metrics import EngineMetrics
+from graphllm.engine.progress import progress_bar
 from graphllm.engine.sink import Sink
 from graphllm.engine.step_loop import StepLoop
 from graphllm.errors import (
@@ -239,10 +238,9 @@ class Engine:
 
 async def _capture_all(graphs: GraphRunner, *, show_progress: bool) -> None:
     """Capture every graph of steady traffic, while the loop goes on answering."""
-    with tqdm(desc="Capturing graphs", unit="graph", disable=not show_progress, leave=False) as bar:
+    with progress_bar("Capturing graphs", "graph", show=show_progress) as advance:
         for done, total in graphs.capture_all_in_slices():
-            bar.total = total
-            bar.update(done - bar.n)
+            advance(done, total)
             await asyncio.sleep(0)
 
 

@@ -6,16 +6,13 @@ Runs on the device's worker, because reading weights and building a tokenizer ta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-
-from tqdm import tqdm
 
 from graphllm.arena import Arena
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
+from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError
 from graphllm.models.checkpoint import open_model, resolve_model_path
 from graphllm.models.config import resolve_dtype
@@ -39,9 +36,6 @@ from graphllm.scheduler.slots import SlotAllocator
 from graphllm.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-tqdm.monitor_interval = 0  # its monitor is a thread
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     backend = choose_backend(config, limits, device, arena=arena)
     free_at_start = 0 if device.graphs is None else device.graphs.free_bytes()
     ahead = AheadCompilation(config) if torch_device.type == "cuda" else None
-    with _progress_bar("Loading weights", show=show_progress) as advance:
+    with progress_bar("Loading weights", "tensor", show=show_progress) as advance:
         model = load_model(checkpoint, backend=backend, device=torch_device, dtype=dtype, progress=advance)
     if ahead is not None:
         ahead.wait()
@@ -108,9 +102,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     eos_token_ids = _end_token_ids(tokenizer, model_config.vocab_size)
     program = parts.program(kv_cache)
     graphs = parts.graphs(program, enabled=not config.enforce_eager, max_bytes=graph_bytes)
-    runner = parts.runner(
-        program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids
-    )
+    runner = parts.runner(program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids)
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
@@ -141,15 +133,3 @@ def _end_token_ids(tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
             "are supported."
         )
     return producible
-
-
-@contextmanager
-def _progress_bar(title: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that draws on standard error; it draws nothing unless `show`."""
-    with tqdm(desc=title, unit="tensor", disable=not show, leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance

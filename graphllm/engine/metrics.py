@@ -43,7 +43,9 @@ class EngineMetrics:
             "graph_misses", "Steps run kernel by kernel because no captured graph was there for their size."
         )
         self.graphs_captured = gauge("graphs_captured", "CUDA graphs that are ready to be replayed.")
-        self.graphs_wanted = gauge("graphs_wanted", "CUDA graphs that traffic asked for, still to be captured.")
+        self.graphs_wanted = gauge(
+            "graphs_wanted", "CUDA graphs that traffic asked for, still to be captured."
+        )
         self.graph_bytes = gauge("graph_bytes", "Device memory that captured graphs take.")
         self.kernel_compilations = counter(
             "kernel_compilations_on_loop", "Kernels compiled or loaded on the event loop while serving."

@@ -86,9 +86,7 @@ class DecoderLayer(nn.Module):
             self.attention_norm(residual, out=normed)
         else:
             self.attention_norm.add(delta, residual, out=normed)
-        delta = self.attention(
-            normed, rotary_tables, layer_cache=layer_cache, metadata=metadata, arena=arena
-        )
+        delta = self.attention(normed, rotary_tables, layer_cache=layer_cache, metadata=metadata, arena=arena)
         self.mlp_norm.add(delta, residual, out=normed)
         output: torch.Tensor = self.mlp(normed, arena=arena)
         return output

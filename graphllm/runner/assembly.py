@@ -126,10 +126,10 @@ class LargestStep:
 
 
 def measure_largest_step(parts: StepParts, kv_shape: KVCacheShape, *, graphs_enabled: bool) -> LargestStep:
-    """Run the largest steps over a cache of no use, which fixes the arena, and capture one of them.
+    """Run the largest steps over a cache of no use, which fixes the arena, and capture two of them.
 
-    graph_bytes is what all graphs of steady traffic would take at the price of the one, 1 GiB at most:
-    when it is used up, the rest stays eager.
+    graph_bytes is what all graphs of steady traffic would take at the price of those, 1 GiB at most, and
+    1 GiB where the driver grants memory in pieces too large to see: when it is used up, the rest stays eager.
     """
     assert parts.device.graphs is not None, "a card captures graphs"
     kv_cache = KVCache(kv_shape, 2, device=parts.device.torch_device)
@@ -141,13 +141,11 @@ def measure_largest_step(parts: StepParts, kv_shape: KVCacheShape, *, graphs_ena
     free_bytes = parts.device.graphs.free_bytes()
     if not graphs_enabled:
         return LargestStep(free_bytes, 0)
-    graphs.capture_largest()
-    graph_bytes = graphs.num_bytes * len(graphs.default_keys())
-    return LargestStep(free_bytes, min(graph_bytes, _MOST_GRAPH_BYTES))
+    return LargestStep(free_bytes, min(graphs.measure_bytes() or _MOST_GRAPH_BYTES, _MOST_GRAPH_BYTES))
 
 
 def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batched_tokens: int) -> None:
-    """Run the largest steps on padding alone, with every sampler, so that the arena is as large as it gets."""
+    """Run the largest steps on padding alone, with every sampler: the arena is then as large as it gets."""
     num_seqs = program.buffers.max_num_seqs
     for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
         program.forward(shape)

@@ -99,7 +99,11 @@ class AheadCompilation:
 def _fingerprint(config: EngineConfig) -> str:
     """What the compiled kernels depend on: their sources, the model's shape, the card and the versions."""
     digest = hashlib.sha256()
-    sources = [*_PACKAGE.glob("kernels/*.py"), *_PACKAGE.glob("kernels/*.json"), *_PACKAGE.glob("attention/*.py")]
+    sources = [
+        *_PACKAGE.glob("kernels/*.py"),
+        *_PACKAGE.glob("kernels/*.json"),
+        *_PACKAGE.glob("attention/*.py"),
+    ]
     for path in sorted(sources):
         digest.update(path.read_bytes())
     versions = (triton.__version__, torch.__version__, torch.cuda.get_device_name())
@@ -171,7 +175,7 @@ def main() -> int:
     parser.add_argument("config", type=json.loads)
     parser.add_argument("share", choices=SHARES)
     arguments = parser.parse_args()
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in arguments.config.items()
     }
     device = open_device("cuda")

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from graphllm.errors import ConfigError
 from graphllm.runner.device import DeviceEvent, DeviceTimes, Graph, GraphCapture, Work, resolve_on_loop
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -34,8 +37,8 @@ class _CudaEvent:
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.times = DeviceTimes()
-        self._begin = torch.cuda.Event(enable_timing=True)
-        self._end = torch.cuda.Event(enable_timing=True)
+        self._begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._is_done = False
 
     def run(self, work: Work) -> None:
@@ -50,7 +53,7 @@ class _CudaEvent:
         if self._is_done:
             return True
         try:
-            self._is_done = self._end.query()
+            self._is_done = self._end.query()  # type: ignore[no-untyped-call]
             if self._is_done:
                 now = time.perf_counter()
                 self.times = DeviceTimes(now - self._begin.elapsed_time(self._end) / 1e3, now)
@@ -72,9 +75,14 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.graphs = self
         torch.cuda.set_device(self.torch_device)
-        self.stream = torch.cuda.Stream(self.torch_device)
-        self._capture_stream = torch.cuda.Stream(self.torch_device)
-        self._pool: tuple[int, int] | None = None
+        # Sums of products stay in float32 to their end, also where cuBLAS splits them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        self.stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._capture_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._pool: Any = None
+        self._primed_thread: int | None = None
+        self.num_capture_allocations = 0
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -120,8 +128,15 @@ class CudaDevice:
     def begin_capture(self) -> GraphCapture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._primed_thread != threading.get_ident():
             self._prime_capture_stream()
-        return _CudaCapture(self._capture_stream, self._pool)
+            self._primed_thread = threading.get_ident()
+        return _CudaCapture(self, self._capture_stream, pool=self._pool)
+
+    def count_allocations(self) -> int:
+        """How often torch has given out device memory so far."""
+        count: int = torch.cuda.memory_stats(self.torch_device).get("allocation.all.allocated", 0)
+        return count
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
@@ -134,7 +149,8 @@ class CudaDevice:
         return torch.cuda.mem_get_info(self.torch_device)[1]
 
     def _prime_capture_stream(self) -> None:
-        """cuBLAS gives each stream a workspace at its first product, which must not be inside a capture."""
+        """cuBLAS gives a thread a workspace for each stream at its first product, which must not be inside a
+        capture."""
         with torch.cuda.stream(self._capture_stream), torch.inference_mode():
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 square = torch.zeros(16, 16, dtype=dtype, device=self.torch_device)
@@ -143,9 +159,14 @@ class CudaDevice:
 
 
 class _CudaCapture:
-    """A capture in relaxed mode: between its slices the loop goes on launching and asking events."""
+    """A capture in relaxed mode: between its slices the loop goes on launching and asking events.
 
-    def __init__(self, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    All that a captured step writes was allocated before. What is allocated all the same stays valid as long
+    as the pool does, but it is memory that nobody planned: it is counted and reported.
+    """
+
+    def __init__(self, device: CudaDevice, stream: torch.cuda.Stream, *, pool: Any) -> None:
+        self._device = device
         self._stream = stream
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -156,7 +177,11 @@ class _CudaCapture:
             if self._graph is None:
                 self._graph = torch.cuda.CUDAGraph()
                 self._graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+            before = self._device.count_allocations()
             yield
+            if allocated := self._device.count_allocations() - before:
+                self._device.num_capture_allocations += allocated
+                logger.warning("%d allocations inside a capture", allocated)
 
     def end(self) -> Graph:
         assert self._graph is not None, "nothing was captured"

@@ -191,10 +191,17 @@ class GraphRunner:
         for _ in self.capture_all_in_slices():
             pass
 
-    def capture_largest(self) -> None:
-        """Capture the largest decode step, to see what a graph costs."""
-        for _ in self._capture_in_slices(self.default_keys()[0]):
-            pass
+    def measure_bytes(self) -> int:
+        """What all graphs of steady traffic will take, from the price of the two largest kinds of step.
+
+        0 where the device cannot tell.
+        """
+        keys = self.default_keys()
+        samples = [keys[0], GraphKey(self.mixed_shape(self._buckets.token_sizes[-1]), SamplerKind.GENERAL)]
+        for key in samples:
+            for _ in self._capture_in_slices(key):
+                pass
+        return self.num_bytes * len(keys) // len(samples)
 
     def default_keys(self) -> list[GraphKey]:
         """What steady traffic needs: decode steps, greedy and not, and mixed steps of every size."""

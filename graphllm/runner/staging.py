@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from graphllm.batch import ScheduledBatch
+from graphllm.kernels.sampled_rows import NUM_FLOATS, NUM_INTS
 from graphllm.runner.device import Device
 from graphllm.runner.device_sampler import SampleResults
 from graphllm.runner.memory_plan import StepLimits
-from graphllm.runner.sampler import MAX_STOP_IDS, NUM_FLOATS, NUM_INTS, SamplingRow, pack_sampling_row
+from graphllm.runner.sampler import MAX_STOP_IDS, SamplingRow, pack_sampling_row
 from graphllm.runner.step_buffers import NUM_ROW_VECTORS, StepBuffers
 from graphllm.runner.step_program import StepShape
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS

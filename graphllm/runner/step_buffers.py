@@ -36,7 +36,9 @@ class StepBuffers:
     results: what was sampled, a line for each pair.
     """
 
-    def __init__(self, limits: StepLimits, *, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, limits: StepLimits, *, max_num_seqs: int, vocab_size: int, device: torch.device
+    ) -> None:
         num_slots = limits.num_slots + 1
         self.padding_slot = limits.num_slots
         self.max_num_seqs = max_num_seqs
@@ -51,9 +53,7 @@ class StepBuffers:
         self.rows_version = 0
         self.subset = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
         self.subset[1] = self.padding_slot
-        self.masks = torch.full(
-            (max_num_seqs, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device
-        )
+        self.masks = torch.full((max_num_seqs, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
         self.logits = torch.zeros(max_num_seqs, vocab_size, dtype=torch.float32, device=device)
         self.results = SampleResults.allocate(max_num_seqs, device=device)
         max_num_tokens = max(limits.max_num_batched_tokens, max_num_seqs)

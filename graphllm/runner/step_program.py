@@ -50,7 +50,7 @@ class StepProgram:
         self._kv_cache = kv_cache
 
     def forward_in_slices(self, shape: StepShape) -> Iterator[None]:
-        """The model; yields after each layer. Leaves logits of the sampled rows and the slots' new lengths."""
+        """The model; yields after each layer. Leaves the sampled rows' logits and the slots' new lengths."""
         buffers, bucket = self.buffers, shape.bucket
         inputs = buffers.step_inputs(
             num_tokens=bucket.num_tokens, num_rows=bucket.num_rows, num_pairs=shape.num_pairs

@@ -1,7 +1,7 @@
 """The house has floors: a file imports only from lower ones, never sideways between packages, never up.
 
-Also holds three narrower claims of the design: floor 0 needs the standard library only, the
-scheduler and the block manager hold no tensors, and the HTTP files know nothing of models.
+Also holds narrower claims of the design: floor 0 needs the standard library only and the arena torch
+only, the scheduler and the block manager hold no tensors, and the HTTP files know nothing of models.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ FLOOR_OF = {
     "outputs": (0, "floor 0"),
     "sampling_params": (0, "floor 0"),
     "sequence": (0, "floor 0"),
+    "step_buckets": (0, "floor 0"),
+    "arena": (1, "arena"),
     "kernels": (1, "kernels"),
     "tokenizer": (1, "tokenizer"),
     "structured": (1, "structured"),
@@ -48,6 +50,8 @@ PUBLIC_CONSTANTS = {"__version__"}
 # Simulated by the million steps, so nothing here may hold a tensor.
 TENSOR_FREE = ("graphllm/scheduler/", "graphllm/cache/block_manager.py")
 TENSOR_LIBRARIES = {"numpy", "torch", "triton"}
+# Memory and nothing else: it knows neither the package nor what is computed in it.
+TORCH_ONLY = {"graphllm/arena.py"}
 
 # The server's files know bytes and requests only: of graphllm, floor 0 and each other. But for these,
 # which know the engine, and the folder openai/.
@@ -111,6 +115,8 @@ def library_violations(source: SourceFile) -> list[str]:
         where = f"{source.path}:{imported.line}"
         if floor == 0 and library != "graphllm" and library not in sys.stdlib_module_names:
             found.append(f"{where}: floor 0 uses the standard library only, not {library!r}")
+        if source.path in TORCH_ONLY and library != "torch" and library not in sys.stdlib_module_names:
+            found.append(f"{where}: needs torch only, not {library!r}")
         if source.path.startswith(TENSOR_FREE) and library in TENSOR_LIBRARIES:
             found.append(f"{where}: holds no tensors, so it does not import {library!r}")
         if knows_bytes_only(source.path) and any(FLOOR_OF[unit][0] > 0 for unit in target_units(imported)):
@@ -180,6 +186,8 @@ WRONG_LIBRARY = {
     "floor 0": ("graphllm/errors.py", "import orjson", "standard library only"),
     "scheduler": ("graphllm/scheduler/x.py", "def f():\n    import torch", "holds no tensors"),
     "block manager": ("graphllm/cache/block_manager.py", "from numpy import array", "holds no tensors"),
+    "arena, a library": ("graphllm/arena.py", "import triton", "torch only"),
+    "arena, the package": ("graphllm/arena.py", "from graphllm.errors import E", "torch only"),
     "http": ("graphllm/server/http.py", "from graphllm.engine.engine import Engine", "bytes and requests"),
     "router": ("graphllm/server/router.py", "from graphllm.server.app import App", "bytes and requests"),
     "sse": ("graphllm/server/sse.py", "from graphllm.server.openai import wire", "bytes and requests"),

@@ -45,6 +45,10 @@ OS_CALLS = {"popen", "system"}
 ALLOWED = {
     # The CPU device is dressed as an asynchronous device: one worker stands in for the stream.
     "graphllm/runner/device.py": {"threading"},
+    # Compiles Triton kernels in helper processes: seconds each, that would stall every stream on the loop.
+    "graphllm/runner/compilation.py": {"subprocess"},
+    # Reading weights takes seconds: one thread while a model is loaded, and none afterwards.
+    "graphllm/runner/cuda_device.py": {"threading"},
     # Fetches the demo model with pip, before there is a loop.
     "graphllm/models/demo.py": {"subprocess"},
 }

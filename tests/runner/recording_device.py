@@ -87,8 +87,8 @@ class RecordedGraph:
         for function, args, kwargs in self.operations:
             for tensor in tensors_in((args, kwargs)):
                 assert address(tensor) in living, (
-                    f"{getattr(function, '__name__', function)} touches an address that is nobody's any more: "
-                    f"{list(tensor.shape)} {tensor.dtype}"
+                    f"{getattr(function, '__name__', function)} touches an address that is nobody's any "
+                    f"more: {list(tensor.shape)} {tensor.dtype}"
                 )
 
 
