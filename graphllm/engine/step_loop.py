@@ -130,8 +130,7 @@ class StepLoop:
                 elif self._in_flight and self._in_flight[0].ready():
                     await asyncio.sleep(0)
                 elif self._graphs.has_captures_due and not self._stopping:
-                    self._graphs.capture_slice()
-                    self._update_graph_metrics()
+                    self._capture_slice()
                     await asyncio.sleep(0)
                 elif self._in_flight or not self._stopping:
                     await self._sleep()
@@ -164,8 +163,16 @@ class StepLoop:
         self._timer.observe_host(now - started)
         self._metrics.host_seconds.inc(now - started)
         self._in_flight.append(handle)
+        # Steps without graphs may keep the host so busy that it is never idle: each pays for a slice, or
+        # they would stay without for ever.
+        self._capture_slice()
         if len(self._in_flight) == 1:
             self._plan_next_launch(started_at=now)
+
+    def _capture_slice(self) -> None:
+        if self._graphs.has_captures_due:
+            self._graphs.capture_slice()
+            self._update_graph_metrics()
 
     def _plan_next_launch(self, *, started_at: float) -> None:
         """Set when the step after the running one, begun at about `started_at`, is due."""
