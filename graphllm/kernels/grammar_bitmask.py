@@ -2,12 +2,15 @@
 
     x_t <- -inf    where bit t % 32 of word t // 32 is 0
 
-Owns the meaning of the bits (set is allowed), not where they come from.
+Owns the meaning of the bits (set is allowed), not where they come from. Kernels apply the mask while
+they load a row (`adjusted_logits.py`), so it has no launch of its own.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -24,3 +27,10 @@ def apply_bitmask_ref(logits: Tensor, bitmask: Tensor) -> None:
     is_banned = (bitmask[rows, :, None] & bits) == 0  # [n, num_words, 32] bool
     is_banned = is_banned.flatten(1)[:, : logits.shape[1]]
     logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_banned, float("-inf")))
+
+
+@triton.jit
+def is_allowed(bitmask_row, ids, in_vocab):
+    """Whether a row's mask allows tokens; ids: int32 of any shape, in_vocab: which of them exist."""
+    words = tl.load(bitmask_row + (ids >> 5), mask=in_vocab, other=0)
+    return ((words >> (ids & 31)) & 1) != 0

@@ -2,11 +2,13 @@
 
     x_t <- -inf    for the tokens t that would end a sequence with fewer than min_tokens outputs
 
-Owns nothing but this.
+Owns nothing but this. The device does it for one row inside `adjusted_logits.py`.
 """
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -21,3 +23,14 @@ def mask_early_stops_ref(
     is_early = output_lengths < min_tokens
     rows, used = ((stop_ids >= 0) & is_early[:, None]).nonzero(as_tuple=True)
     logits.view(-1)[rows * logits.shape[1] + stop_ids[rows, used]] = float("-inf")
+
+
+@triton.jit
+def mask_early_stops(logits_row, stop_ids_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The reference for one row that is too short, in place, by one program.
+
+    WIDTH: the table's; BLOCK: the next power of two.
+    """
+    columns = tl.arange(0, BLOCK)
+    ids = tl.load(stop_ids_row + columns, mask=columns < WIDTH, other=-1)
+    tl.store(logits_row + ids, tl.full((BLOCK,), float("-inf"), tl.float32), mask=ids >= 0)

@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from graphllm.kernels.vocab_tiles import TILE_SIZE
@@ -46,12 +48,18 @@ _WORD_MASK = 0xFFFFFFFF
 NOISE_MIN = -2.83
 NOISE_MAX = 27.04
 
+_TILE_SIZE: tl.constexpr = tl.constexpr(TILE_SIZE)
+
 
 class DrawPurpose(IntEnum):
     """What a random number is for: streams of different purposes never share a number."""
 
     TILE = 0  # index: tile; word 0 gives the tile's smallest exponential, word 1 its token
     TOKEN = 1  # index: token // 4; word token % 4 gives the token's own exponential
+
+
+_TILE: tl.constexpr = tl.constexpr(int(DrawPurpose.TILE))
+_TOKEN: tl.constexpr = tl.constexpr(int(DrawPurpose.TOKEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +141,50 @@ def gumbel_noise_ref(keys: DrawKeys, token_ids: Tensor) -> Tensor:
     own_words = words.gather(0, (token_ids % 4).expand(words.shape[1:])[None])[0]
     excess = exponential_ref(own_words).masked_fill_(owners == token_ids % TILE_SIZE, 0.0)
     return -(minima + excess).log_()
+
+
+@triton.jit
+def draw_words(seed, sibling, position, indices, PURPOSE: tl.constexpr):
+    """`DrawKeys.words` of one row: four uint32 tensors of the shape of `indices` (int32).
+
+    seed, sibling, position: int64. Triton's own Philox is the same generator: ten rounds, and the key
+    is the seed's low and high word.
+    """
+    zeros = (indices * 0).to(tl.uint32)
+    return tl.philox(
+        seed.to(tl.uint64),
+        zeros + PURPOSE,
+        indices.to(tl.uint32),
+        zeros + position.to(tl.uint32),
+        zeros + sibling.to(tl.uint32),
+    )
+
+
+@triton.jit
+def exponential(words):
+    """`exponential_ref` of uint32 words.
+
+    log(1 - u) alone would lose the digits of a small u. Where t = 1 - u is rounded, log(t) u / (1 - t)
+    puts them back (W. Kahan's log1p), which needs nothing but a logarithm that is right near 1.
+    """
+    uniforms = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
+    rest = 1.0 - uniforms
+    is_tiny = rest == 1.0
+    lost = tl.where(is_tiny, 1.0, 1.0 - rest)
+    return tl.where(is_tiny, uniforms, -tl.log(rest) * tl.div_rn(uniforms, lost))
+
+
+@triton.jit
+def tile_noise(seed, sibling, position, first_tile, TILES: tl.constexpr):
+    """`gumbel_noise_ref` of TILES neighbouring tiles of one row: [TILES * 64] float32."""
+    tiles = first_tile + tl.arange(0, TILES)
+    first, second, _, _ = draw_words(seed, sibling, position, tiles, _TILE)
+    minima = exponential(first) * (1.0 / _TILE_SIZE)
+    owners = (second >> 26).to(tl.int32)  # the upper six bits: 64 times the word, over 2**32
+    groups = first_tile * (_TILE_SIZE // 4) + tl.arange(0, TILES * _TILE_SIZE // 4)
+    word0, word1, word2, word3 = draw_words(seed, sibling, position, groups, _TOKEN)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # the last index is the lowest bit
+    excess = exponential(tl.reshape(words, (TILES, _TILE_SIZE)))
+    lanes = tl.arange(0, _TILE_SIZE)
+    excess = tl.where(lanes[None, :] == owners[:, None], 0.0, excess)
+    return tl.reshape(-tl.log(minima[:, None] + excess), (TILES * _TILE_SIZE,))

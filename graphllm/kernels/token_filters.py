@@ -10,7 +10,8 @@ In the total order of `top_tokens.py` (larger logit first, lower id among equals
     p >= min_p * max p                     min_p (Nguyen et al., "Turning Up the Heat", 2024)
 
 The first token is always kept. Each condition keeps a prefix of the order, so the shortest prefix
-decides, and what lies beyond it need not be ordered. Owns the conditions and how far to look.
+decides, and what lies beyond it need not be ordered. Owns the conditions and how far to look; the
+kernel is in `filter_thresholds.py`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,23 @@
 """The k most likely tokens in a total order: larger logit first, lower token id among equals.
 
-Owns that order. It makes "the top k" one definite set however many tokens tie at its end, so that
-filters and reported alternatives do not depend on a sorting routine.
+Owns that order, for torch and for kernels. It makes "the top k" one definite set however many tokens
+tie at its end, so that filters and reported alternatives do not depend on a sorting routine.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from graphllm.kernels.vocab_tiles import TILE_SIZE, split_into_tiles
 
 _WORD_MASK = 0xFFFFFFFF
+
+_ID_MASK: tl.constexpr = tl.constexpr(_WORD_MASK)
+LOWEST_ORDER: tl.constexpr = tl.constexpr(-(2**31) + 0x7FFFFF)
+"""`order_of(-inf)`: nothing that may be sampled is as low."""
 
 
 def top_tokens_ref(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -59,3 +65,44 @@ def _order_keys(values: Tensor, ids: Tensor) -> Tensor:
 
 def _ids_of(keys: Tensor) -> Tensor:
     return _WORD_MASK - (keys & _WORD_MASK)
+
+
+@triton.jit
+def order_of(values):
+    """int32 integers that compare as float32 values do; 0.0 and -0.0 are equal. No NaN."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(orders):
+    """The float32 values that have these orders."""
+    return (orders ^ ((orders >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def token_key(values, ids):
+    """int64 keys, the larger the earlier in the total order; ids: int32."""
+    return (order_of(values).to(tl.int64) << 32) | (_ID_MASK - ids.to(tl.int64))
+
+
+@triton.jit
+def value_of_key(keys):
+    """The float32 values in token keys."""
+    return value_of((keys >> 32).to(tl.int32))
+
+
+@triton.jit
+def id_of_key(keys):
+    """The token ids in token keys; int64."""
+    return _ID_MASK - (keys & _ID_MASK)
+
+
+@triton.jit
+def best_key(values, ids):
+    """The key of the first token of a block. values: [n] float32 without NaN, ids: [n] int32, ascending.
+
+    Two reductions of 32 bits cost less than one of 64.
+    """
+    best = tl.max(values, 0)
+    return token_key(best, tl.min(tl.where(values == best, ids, 0x7FFFFFFF), 0))

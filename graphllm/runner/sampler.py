@@ -1,14 +1,15 @@
 """Sampling of one step: per-slot parameters on the device, and what is done with them in which order.
 
-Owns the parameter tables and the order of the sampler's operations. The mathematics of each is in
-`kernels/`; who is sampled, and where the tokens go, is the runner's business.
+Owns the parameter tables and the order of the sampler's operations, composed of references: the
+specification, and what a CPU runs. `device_sampler.py` does the same in kernels. The mathematics of each
+operation is in `kernels/`; who is sampled, and where the tokens go, is the runner's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -21,53 +22,32 @@ from graphllm.kernels.logprobs import logprobs_ref
 from graphllm.kernels.min_tokens import mask_early_stops_ref
 from graphllm.kernels.penalties import Penalties, apply_penalties_ref
 from graphllm.kernels.random_draws import DrawKeys
+from graphllm.kernels.sampled_rows import NUM_FLOATS, NUM_INTS, FloatColumn, IntColumn
 from graphllm.kernels.sampling import sample_tokens_ref
 from graphllm.kernels.token_filters import TokenFilters
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_EOS_TOKEN_IDS = 16
-_MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
+MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
 # Positive parameters stay normal float32 numbers, so that neither x / t nor -inf * t is ever NaN.
 _SMALLEST = torch.finfo(torch.float32).tiny
 _INFINITY = float("inf")
 
 
-class _Float(IntEnum):
-    """Columns of SamplingTables.floats."""
-
-    TEMPERATURE = 0
-    TOP_P = 1
-    MIN_P = 2
-    REPETITION_PENALTY = 3
-    PRESENCE_PENALTY = 4
-    FREQUENCY_PENALTY = 5
-
-
-class _Int(IntEnum):
-    """Columns of SamplingTables.ints."""
-
-    SEED = 0
-    SIBLING = 1
-    NUM_PROMPT_TOKENS = 2
-    TOP_K = 3
-    MIN_TOKENS = 4
-    NUM_BIASES = 5
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One sequence's parameters as they lie in the tables, on the host.
+    """One sequence's parameters as they lie in the tables, in plain numbers for the staging to copy.
 
-    floats [6] float32, ints [6] int64; bias_ids [num_biases] int32, bias_values [num_biases]
-    float32, stop_ids [80] int32: the whole row, -1 after the last id. bias_ids, bias_values are
-    None without biases, and stop_ids without min_tokens: nothing then reads the slot's old rows.
+    floats: 6, ints: 6. bias_ids, bias_values: num_biases each. stop_ids: the whole row of 80, -1 after
+    the last id. bias_ids, bias_values are None without biases, and stop_ids without min_tokens: nothing
+    then reads the slot's old rows.
     """
 
-    floats: Tensor
-    ints: Tensor
-    bias_ids: Tensor | None
-    bias_values: Tensor | None
-    stop_ids: Tensor | None
+    floats: tuple[float, ...]
+    ints: tuple[int, ...]
+    bias_ids: tuple[int, ...] | None
+    bias_values: tuple[float, ...] | None
+    stop_ids: tuple[int, ...] | None
 
 
 def pack_sampling_row(
@@ -85,39 +65,39 @@ def pack_sampling_row(
 
     Raises InvalidRequestError when these are more than the tables hold.
     """
-    floats = [0.0] * len(_Float)
-    floats[_Float.TEMPERATURE] = max(params.temperature, _SMALLEST) if params.temperature else 0.0
-    floats[_Float.TOP_P] = params.top_p
-    floats[_Float.MIN_P] = params.min_p
-    floats[_Float.REPETITION_PENALTY] = max(params.repetition_penalty, _SMALLEST)
-    floats[_Float.PRESENCE_PENALTY] = params.presence_penalty
-    floats[_Float.FREQUENCY_PENALTY] = params.frequency_penalty
+    floats = [0.0] * NUM_FLOATS
+    floats[FloatColumn.TEMPERATURE] = max(params.temperature, _SMALLEST) if params.temperature else 0.0
+    floats[FloatColumn.TOP_P] = params.top_p
+    floats[FloatColumn.MIN_P] = params.min_p
+    floats[FloatColumn.REPETITION_PENALTY] = max(params.repetition_penalty, _SMALLEST)
+    floats[FloatColumn.PRESENCE_PENALTY] = params.presence_penalty
+    floats[FloatColumn.FREQUENCY_PENALTY] = params.frequency_penalty
     biases = params.logit_bias or {}
-    ints = [0] * len(_Int)
-    ints[_Int.SEED] = (seed + 2**63) % 2**64 - 2**63
-    ints[_Int.SIBLING] = sibling
-    ints[_Int.NUM_PROMPT_TOKENS] = num_prompt_tokens
-    ints[_Int.TOP_K] = min(params.top_k, 2**31)
-    ints[_Int.MIN_TOKENS] = min(params.min_tokens, 2**31)
-    ints[_Int.NUM_BIASES] = len(biases)
+    ints = [0] * NUM_INTS
+    ints[IntColumn.SEED] = (seed + 2**63) % 2**64 - 2**63
+    ints[IntColumn.SIBLING] = sibling
+    ints[IntColumn.NUM_PROMPT_TOKENS] = num_prompt_tokens
+    ints[IntColumn.TOP_K] = min(params.top_k, 2**31)
+    ints[IntColumn.MIN_TOKENS] = min(params.min_tokens, 2**31)
+    ints[IntColumn.NUM_BIASES] = len(biases)
     return SamplingRow(
-        floats=torch.tensor(floats, dtype=torch.float32),
-        ints=torch.tensor(ints, dtype=torch.int64),
-        bias_ids=torch.tensor(list(biases), dtype=torch.int32) if biases else None,
-        bias_values=torch.tensor(list(biases.values()), dtype=torch.float32) if biases else None,
+        floats=tuple(floats),
+        ints=tuple(ints),
+        bias_ids=tuple(biases) if biases else None,
+        bias_values=tuple(biases.values()) if biases else None,
         stop_ids=_pack_stop_ids(params, eos_token_ids) if params.min_tokens else None,
     )
 
 
-def _pack_stop_ids(params: SamplingParams, eos_token_ids: Collection[int]) -> Tensor:
+def _pack_stop_ids(params: SamplingParams, eos_token_ids: Collection[int]) -> tuple[int, ...]:
     ids = sorted({*params.stop_token_ids, *eos_token_ids})
-    if len(ids) > _MAX_STOP_IDS:
+    if len(ids) > MAX_STOP_IDS:
         raise InvalidRequestError(
-            f"min_tokens holds back at most {_MAX_STOP_IDS} stop tokens, the model's included; "
+            f"min_tokens holds back at most {MAX_STOP_IDS} stop tokens, the model's included; "
             f"here are {len(ids)}.",
             param="stop_token_ids",
         )
-    return torch.tensor(ids + [-1] * (_MAX_STOP_IDS - len(ids)), dtype=torch.int32)
+    return (*ids, *[-1] * (MAX_STOP_IDS - len(ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +122,60 @@ class SamplingTables:
             SamplingParams(temperature=0.0), seed=0, sibling=0, num_prompt_tokens=0, eos_token_ids=()
         )
         return cls(
-            floats=neutral.floats.to(device).repeat(num_slots, 1),
-            ints=neutral.ints.to(device).repeat(num_slots, 1),
+            floats=torch.tensor([neutral.floats], dtype=torch.float32, device=device).repeat(num_slots, 1),
+            ints=torch.tensor([neutral.ints], dtype=torch.int64, device=device).repeat(num_slots, 1),
             bias_ids=torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int32, device=device),
             bias_values=torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.float32, device=device),
-            stop_ids=torch.full((num_slots, _MAX_STOP_IDS), -1, dtype=torch.int32, device=device),
+            stop_ids=torch.full((num_slots, MAX_STOP_IDS), -1, dtype=torch.int32, device=device),
         )
 
     def write_row(self, slot: int, row: SamplingRow) -> None:
-        """Copy a row to its slot, in the order of the current stream."""
-        self.floats[slot].copy_(row.floats, non_blocking=True)
-        self.ints[slot].copy_(row.ints, non_blocking=True)
+        """Copy one row to its slot, from memory that is not pinned: for a device that shares ours."""
+        self.floats[slot] = torch.tensor(row.floats, dtype=torch.float32)
+        self.ints[slot] = torch.tensor(row.ints, dtype=torch.int64)
         if row.bias_ids is not None and row.bias_values is not None:
-            self.bias_ids[slot, : row.bias_ids.numel()].copy_(row.bias_ids, non_blocking=True)
-            self.bias_values[slot, : row.bias_values.numel()].copy_(row.bias_values, non_blocking=True)
+            ids = torch.tensor(row.bias_ids, dtype=torch.int32)
+            self.bias_ids[slot, : ids.numel()] = ids
+            self.bias_values[slot, : ids.numel()] = torch.tensor(row.bias_values, dtype=torch.float32)
         if row.stop_ids is not None:
-            self.stop_ids[slot].copy_(row.stop_ids, non_blocking=True)
+            self.stop_ids[slot] = torch.tensor(row.stop_ids, dtype=torch.int32)
+
+    def write_rows(
+        self,
+        slots: Tensor,
+        *,
+        floats: Tensor | None = None,
+        ints: Tensor | None = None,
+        bias_ids: Tensor | None = None,
+        bias_values: Tensor | None = None,
+        stop_ids: Tensor | None = None,
+    ) -> None:
+        """Scatter rows to their slots, one kernel for each table that is given, in the current stream.
+
+        All are on the device: slots [n] int64, without repetition; the others have n rows of their
+        table's whole width and dtype.
+        """
+        for table, rows in (
+            (self.floats, floats),
+            (self.ints, ints),
+            (self.bias_ids, bias_ids),
+            (self.bias_values, bias_values),
+            (self.stop_ids, stop_ids),
+        ):
+            if rows is not None:
+                table.index_copy_(0, slots, rows)
+
+
+class SamplerKind(Enum):
+    """Which of the device's samplers a step needs; each can do what those before it do.
+
+    GREEDY: every row takes the largest of the model's logits. GENERAL: every parameter, and masks.
+    LOGPROBS: also the logprobs of what was sampled and of the best alternatives.
+    """
+
+    GREEDY = "greedy"
+    GENERAL = "general"
+    LOGPROBS = "logprobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +207,15 @@ class SamplerVariant:
             if params.logprobs is not None:
                 num_logprobs = max(params.logprobs, num_logprobs or 0)
         return cls(penalties, bias, random, filters, num_logprobs)
+
+    @property
+    def kind(self) -> SamplerKind:
+        """The least of the device's samplers that these rows can use, as long as no row has a mask."""
+        if self.num_logprobs is not None:
+            return SamplerKind.LOGPROBS
+        if self.penalties or self.bias or self.random:
+            return SamplerKind.GENERAL
+        return SamplerKind.GREEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,12 +314,12 @@ def _apply_params(
     lengths: Tensor,
 ) -> None:
     """Penalties, then logit_bias, then min_tokens, on `logits` in place. lengths: [num_pairs]."""
-    prompt_lengths = params.ints[_Int.NUM_PROMPT_TOKENS]
+    prompt_lengths = params.ints[IntColumn.NUM_PROMPT_TOKENS]
     if variant.penalties:
         penalties = Penalties(
-            repetition=params.floats[_Float.REPETITION_PENALTY],
-            presence=params.floats[_Float.PRESENCE_PENALTY],
-            frequency=params.floats[_Float.FREQUENCY_PENALTY],
+            repetition=params.floats[FloatColumn.REPETITION_PENALTY],
+            presence=params.floats[FloatColumn.PRESENCE_PENALTY],
+            frequency=params.floats[FloatColumn.FREQUENCY_PENALTY],
         )
         apply_penalties_ref(
             logits,
@@ -304,13 +331,16 @@ def _apply_params(
         )
     if variant.bias:
         apply_logit_bias_ref(
-            logits, tables.bias_ids[slots], tables.bias_values[slots], num_biases=params.ints[_Int.NUM_BIASES]
+            logits,
+            tables.bias_ids[slots],
+            tables.bias_values[slots],
+            num_biases=params.ints[IntColumn.NUM_BIASES],
         )
         mask_early_stops_ref(
             logits,
             tables.stop_ids[slots],
             output_lengths=lengths - prompt_lengths,
-            min_tokens=params.ints[_Int.MIN_TOKENS],
+            min_tokens=params.ints[IntColumn.MIN_TOKENS],
         )
 
 
@@ -321,9 +351,9 @@ def _choose(logits: Tensor, params: _SlotParams, *, variant: SamplerVariant, pos
     filters = None
     if variant.filters:
         filters = TokenFilters(
-            top_k=params.ints[_Int.TOP_K],
-            top_p=params.floats[_Float.TOP_P],
-            min_p=params.floats[_Float.MIN_P],
+            top_k=params.ints[IntColumn.TOP_K],
+            top_p=params.floats[FloatColumn.TOP_P],
+            min_p=params.floats[FloatColumn.MIN_P],
         )
-    keys = DrawKeys(params.ints[_Int.SEED], params.ints[_Int.SIBLING], positions)
-    return sample_tokens_ref(logits, params.floats[_Float.TEMPERATURE], keys=keys, filters=filters)
+    keys = DrawKeys(params.ints[IntColumn.SEED], params.ints[IntColumn.SIBLING], positions)
+    return sample_tokens_ref(logits, params.floats[FloatColumn.TEMPERATURE], keys=keys, filters=filters)

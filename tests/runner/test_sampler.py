@@ -7,7 +7,9 @@ import torch
 
 from graphllm.errors import InvalidRequestError
 from graphllm.runner.sampler import (
+    MAX_STOP_IDS,
     SampledTokens,
+    SamplerKind,
     SamplerVariant,
     SamplingTables,
     pack_sampling_row,
@@ -289,7 +291,7 @@ def test_fresh_tables_are_greedy() -> None:
 def test_seed_counts_modulo_two_to_the_64() -> None:
     def ints(seed: int) -> list[int]:
         row = pack_sampling_row(_GREEDY, seed=seed, sibling=0, num_prompt_tokens=0, eos_token_ids=())
-        return row.ints.tolist()
+        return list(row.ints)
 
     assert ints(-1) == ints(2**64 - 1)
     assert ints(-(2**63)) == ints(2**63)
@@ -340,3 +342,54 @@ def test_variant_names_what_the_rows_need(
 ) -> None:
     assert SamplerVariant.of(params_list) == expected
     assert hash(SamplerVariant.of(params_list)) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        (SamplingParams(temperature=0.0, top_k=5, logit_bias={}), SamplerKind.GREEDY),
+        (SamplingParams(), SamplerKind.GENERAL),
+        (SamplingParams(temperature=0.0, frequency_penalty=0.1), SamplerKind.GENERAL),
+        (SamplingParams(temperature=0.0, min_tokens=1), SamplerKind.GENERAL),
+        (SamplingParams(temperature=0.0, logit_bias={3: 1.0}), SamplerKind.GENERAL),
+        (SamplingParams(temperature=0.0, logprobs=0), SamplerKind.LOGPROBS),
+        (SamplingParams(top_p=0.5, logprobs=3), SamplerKind.LOGPROBS),
+    ],
+)
+def test_kind_is_the_least_sampler_that_serves_all_rows(params: SamplingParams, kind: SamplerKind) -> None:
+    assert SamplerVariant.of([_GREEDY, params]).kind is kind
+
+
+def test_rows_scattered_together_equal_rows_written_one_by_one() -> None:
+    rows = [
+        pack_sampling_row(params, seed=-slot, sibling=slot, num_prompt_tokens=7, eos_token_ids=_EOS)
+        for slot, params in enumerate(_MIXED)
+    ]
+    expected = _Batch(_MIXED).tables
+    slots = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))
+    found = SamplingTables.allocate(len(rows), device=torch.device("cpu"))
+    for slot, row in zip(slots.tolist(), rows, strict=True):
+        expected.write_row(slot, row)
+    found.write_rows(
+        slots,
+        floats=torch.tensor([row.floats for row in rows]),
+        ints=torch.tensor([row.ints for row in rows]),
+    )
+    assert torch.equal(found.floats, expected.floats) and torch.equal(found.ints, expected.ints)
+
+    late = [index for index, row in enumerate(rows) if row.stop_ids is not None]
+    stop_ids = torch.tensor([rows[index].stop_ids for index in late], dtype=torch.int32)
+    found.write_rows(slots[late], stop_ids=stop_ids)
+    assert torch.equal(found.stop_ids[slots[late]], expected.stop_ids[slots[late]])
+    biased = [index for index, row in enumerate(rows) if row.bias_ids is not None]
+    bias_ids = torch.zeros(len(biased), MAX_LOGIT_BIAS, dtype=torch.int32)
+    bias_values = torch.zeros(len(biased), MAX_LOGIT_BIAS)
+    for line, index in enumerate(biased):
+        bias_ids[line, : len(rows[index].bias_ids or ())] = torch.tensor(rows[index].bias_ids)
+        bias_values[line, : len(rows[index].bias_ids or ())] = torch.tensor(rows[index].bias_values)
+    found.write_rows(slots[biased], bias_ids=bias_ids, bias_values=bias_values)
+    for index in biased:
+        slot, count = int(slots[index]), len(rows[index].bias_ids or ())
+        assert torch.equal(found.bias_ids[slot, :count], expected.bias_ids[slot, :count])
+        assert torch.equal(found.bias_values[slot, :count], expected.bias_values[slot, :count])
+    assert len(late) == 2 and len(biased) == 2 and stop_ids.shape[1] == MAX_STOP_IDS

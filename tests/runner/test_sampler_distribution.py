@@ -1,12 +1,11 @@
 """Sampled tokens follow the exact probabilities, and would betray the likely mistakes.
 
-The expected probabilities are worked out token by token in float64, straight from the parameters'
-definitions. Each case is tested twice: draws agree with the exact distribution (chi-squared,
-p > 1e-4), and disagree (p < 1e-4) with that of every mutant named beside it.
+The expected probabilities are those of `exact_distribution.py`. Each case is tested twice: draws agree
+with the exact distribution (chi-squared, p > 1e-4), and disagree (p < 1e-4) with that of every mutant
+named beside it.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -14,80 +13,9 @@ import torch
 
 from graphllm.runner.sampler import SamplerVariant, SamplingTables, pack_sampling_row, sample
 from graphllm.sampling_params import SamplingParams
+from tests.runner.exact_distribution import EOS, exact_probabilities, p_value
 
 _THRESHOLD = 1e-4
-_EOS = 7
-
-
-def _exact_probabilities(
-    logits: list[float],
-    params: SamplingParams,
-    *,
-    prompt: tuple[int, ...] = (),
-    output: tuple[int, ...] = (),
-    mutant: str = "",
-) -> torch.Tensor:
-    changed = _penalized(logits, params, prompt=prompt, output=output, mutant=mutant)
-    temperature = 1.0 if mutant == "ignores temperature" else params.temperature
-    bias = params.logit_bias or {}
-    late_bias = {token: value for token, value in bias.items() if mutant == "bias after temperature"}
-    for token, value in bias.items():
-        changed[token] += 0.0 if late_bias else value
-    min_tokens = params.min_tokens - (mutant == "min_tokens off by one")
-    if len(output) < min_tokens:
-        for token in {_EOS, *params.stop_token_ids}:
-            changed[token] = -math.inf
-    scaled = [x / temperature + late_bias.get(token, 0.0) for token, x in enumerate(changed)]
-    ranked_by = changed if mutant == "filters before temperature" else scaled
-    kept = _kept(ranked_by, params, mutant=mutant)
-    masses = torch.tensor(
-        [math.exp(scaled[token]) if token in kept else 0.0 for token in range(len(logits))],
-        dtype=torch.float64,
-    )
-    return masses / masses.sum()
-
-
-def _penalized(
-    logits: list[float],
-    params: SamplingParams,
-    *,
-    prompt: tuple[int, ...],
-    output: tuple[int, ...],
-    mutant: str,
-) -> list[float]:
-    changed = list(logits)
-    for token in set(output) if mutant == "repetition ignores prompt" else {*prompt, *output}:
-        divides = logits[token] > 0 or mutant == "repetition always divides"
-        penalty = params.repetition_penalty
-        changed[token] = logits[token] / penalty if divides else logits[token] * penalty
-    counts = Counter(prompt + output if mutant == "counts prompt" else output)
-    for token, count in counts.items():
-        frequency = count if mutant != "frequency once" else 1
-        changed[token] -= params.frequency_penalty * frequency + params.presence_penalty
-    return changed
-
-
-def _kept(logits: list[float], params: SamplingParams, *, mutant: str) -> set[int]:
-    maximum = max(logits)
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
-    masses = {token: math.exp(logits[token] - maximum) for token in order}
-    whole = sum(masses.values())
-    if params.top_k:
-        order = order[: params.top_k + (mutant == "top_k keeps one more")]
-    total = whole if mutant == "top_p of the whole vocabulary" else sum(masses[token] for token in order)
-    kept, before = set(), 0.0
-    for rank, token in enumerate(order):
-        reached = before + masses[token] if mutant == "top_p drops the crossing token" else before
-        if rank and reached / total >= params.top_p:
-            if mutant == "top_p keeps one more":
-                kept.add(token)
-            break
-        floor = params.min_p * whole if mutant == "min_p of the whole" else params.min_p
-        if rank and masses[token] < floor:
-            break
-        kept.add(token)
-        before += masses[token]
-    return kept
 
 
 def _draw(
@@ -103,7 +31,7 @@ def _draw(
     history = prompt + output
     for slot in range(num_draws if history else 1):
         row = pack_sampling_row(
-            params, seed=slot, sibling=0, num_prompt_tokens=len(prompt), eos_token_ids=(_EOS,)
+            params, seed=slot, sibling=0, num_prompt_tokens=len(prompt), eos_token_ids=(EOS,)
         )
         tables.write_row(slot, row)
     lengths = torch.full((num_draws,), len(history))
@@ -119,23 +47,6 @@ def _draw(
         token_table=torch.tensor(history or (0,), dtype=torch.int32).expand(num_draws, -1),
         lengths=lengths,
     ).token_ids
-
-
-def _p_value(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Pearson's chi-squared test; tokens expected fewer than five times are counted together."""
-    counts = torch.bincount(tokens, minlength=probabilities.numel()).double()
-    if counts[probabilities == 0].sum() > 0:
-        return 0.0
-    expected = probabilities * tokens.numel()
-    common = expected >= 5
-    counts = torch.cat((counts[common], counts[~common].sum()[None]))
-    expected = torch.cat((expected[common], expected[~common].sum()[None]))
-    counts, expected = counts[expected > 1e-9], expected[expected > 1e-9]
-    if counts.numel() == 1:
-        return 1.0
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    degrees = torch.tensor(counts.numel() - 1.0, dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees / 2, statistic / 2))
 
 
 _SMALL = [1.0, 0.2, -0.5, 2.0, 0.0, 1.4, -2.0, 1.1]
@@ -230,14 +141,14 @@ def test_draws_follow_the_exact_distribution_and_no_mutants(name: str) -> None:
     logits = list(case.logits)
     tokens = _draw(logits, case.params, 8000, prompt=case.prompt, output=case.output)
 
-    def p_value(mutant: str) -> float:
-        return _p_value(
+    def p_value_of(mutant: str) -> float:
+        return p_value(
             tokens,
-            _exact_probabilities(logits, case.params, prompt=case.prompt, output=case.output, mutant=mutant),
+            exact_probabilities(logits, case.params, prompt=case.prompt, output=case.output, mutant=mutant),
         )
 
-    assert p_value("") > _THRESHOLD
-    undetected = [mutant for mutant in case.mutants if p_value(mutant) > _THRESHOLD]
+    assert p_value_of("") > _THRESHOLD
+    undetected = [mutant for mutant in case.mutants if p_value_of(mutant) > _THRESHOLD]
     assert not undetected
 
 
@@ -248,10 +159,10 @@ def test_draws_from_a_full_vocabulary_follow_the_exact_distribution(top_p: float
     logits = (-1.5 * (order + 1.0).log()).tolist()  # Zipf's law over shuffled ids
     params = SamplingParams(top_p=top_p)
     tokens = _draw_in_parts(logits, params, num_parts=25, part_size=64)
-    probabilities = _exact_probabilities(logits, params)
-    assert _p_value(tokens, probabilities) > _THRESHOLD
+    probabilities = exact_probabilities(logits, params)
+    assert p_value(tokens, probabilities) > _THRESHOLD
     flatter = probabilities**0.75
-    assert _p_value(tokens, flatter / flatter.sum()) < _THRESHOLD
+    assert p_value(tokens, flatter / flatter.sum()) < _THRESHOLD
 
 
 def _draw_in_parts(
@@ -301,4 +212,4 @@ def test_draws_of_neighbouring_seeds_siblings_and_positions_are_independent(vari
     ).token_ids
     pairs = tokens[0::2] * vocab_size + tokens[1::2]
     uniform = torch.full((vocab_size**2,), vocab_size**-2.0, dtype=torch.float64)
-    assert _p_value(pairs, uniform) > _THRESHOLD
+    assert p_value(pairs, uniform) > _THRESHOLD
