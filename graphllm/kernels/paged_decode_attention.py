@@ -86,6 +86,8 @@ def decode_config(
         return DecodeConfig(tile=32, num_stages=3, max_registers=None)
     tile = 64 if padded_side(head_dim) <= 128 else 32
     if capability[0] in _LARGE_SHARED_MEMORY:
+        if cache_itemsize == 1 and padded_side(head_dim) == 128:
+            tile = 32  # the conversion of 64 keys of 128 dimensions does not fit the registers
         return DecodeConfig(tile=tile, num_stages=5, max_registers=_REGISTERS_A_THREAD)
     # Elsewhere either shared memory is short, or registers for the conversion of 8 bits.
     is_ample = capability == (8, 0) and cache_itemsize == 2

@@ -15,6 +15,10 @@ import os
 from typing import Any
 
 import torch
+
+# What compilers before 3.10 do by default and later ones will not; unset, 3.9 warns of it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import triton
 import triton.language as tl
 
@@ -23,6 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
 _FIRST_CAPABILITY_WITH_DEPENDENT_LAUNCH = (9, 0)
+# Older versions cannot compile the wait for cards that have it.
+_FIRST_TRITON_WITH_DEPENDENT_LAUNCH = (3, 6)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -43,7 +49,8 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _has_dependent_launch(device_index: int | None) -> bool:
-    if os.environ.get("GRAPHLLM_PDL", "1") == "0":
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if os.environ.get("GRAPHLLM_PDL", "1") == "0" or version < _FIRST_TRITON_WITH_DEPENDENT_LAUNCH:
         return False
     return torch.cuda.get_device_capability(device_index) >= _FIRST_CAPABILITY_WITH_DEPENDENT_LAUNCH
 
