@@ -67,22 +67,20 @@ CALLS = {
     "unique_consecutive",
 }
 # Functions of torch that make a tensor of host numbers; on a device that is a copy which is waited for.
-MAKERS = {"as_tensor", "from_numpy", "tensor"}
+MAKERS = {"as_tensor", "tensor"}
 NUMBERS = {"bool", "float", "int"}
 # Files whose copies go between host and device, so each must say that nobody waits for it.
 COPYING_FILES = {"graphllm/runner/staging.py"}
 
 # (file, function) -> what it may do, and why. Only what touches host memory, or is no part of a steady step.
 ALLOWED = {
-    # Before there are steps: a pool of zeros on the CPU, the loader's thread, and a stream's first product,
-    # which happens once, before the first capture.
-    ("graphllm/cache/kv_cache.py", "_zeros"): {"from_numpy"},
+    # Before there are steps: the loader's thread, and a stream's first product, once, before its first
+    # capture.
     ("graphllm/runner/cuda_device.py", "CudaDevice.run.load"): {"synchronize"},
     ("graphllm/runner/cuda_device.py", "CudaDevice._prime_capture_stream"): {"synchronize"},
     # A factor that is a number of the model's, rounded on the CPU and kept.
     ("graphllm/kernels/embedding.py", "_rounded"): {"item", "tensor"},
-    # Counters and parameters of the host's own, torch's among them.
-    ("graphllm/runner/cuda_device.py", "CudaDevice.count_allocations"): {"int"},
+    # Counters and parameters of the host's own.
     ("graphllm/runner/graph_runner.py", "GraphRunner.has_captures_due"): {"bool"},
     ("graphllm/runner/sampler.py", "SamplerVariant.of"): {"bool"},
     # Pinned memory that the step's own copy has filled: its event was asked first.
@@ -234,6 +232,7 @@ RIGHT = {
     "an empty tensor": "y = torch.empty(4, device=x.device)",
     "where with three arguments": "y = torch.where(x > 0, x, 0)",
     "a number of a sum": "n = int(x + 1)",
+    "host memory by another name": "y = torch.from_numpy(array)",
     "an event that is asked": "return self.event.query()",
     "a word in a string": "y = 'tolist'",
 }

@@ -22,7 +22,8 @@ from tests.engine.harness import add, assert_nothing_held, ended, running_engine
 from tests.runner.recording_device import RecordingDevice
 from tests.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.triton
+# Minutes on a busy machine: every launch of every step goes through the interpreter.
+pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FLAGS: dict[str, Any] = {
     "max_num_seqs": 4,
