@@ -249,7 +249,9 @@ class GraphRunner:
         assert self._device is not None, "a capture is under way"
         self._graphs[pending.key] = pending.capture.end()
         self.num_bytes += max(0, pending.free_bytes - self._device.free_bytes())
-        logger.debug("captured %s (%d graphs)", pending.key, len(self._graphs))
+        logger.debug("captured %s", pending.key)
+        if not self._wanted:
+            logger.info("%d graphs captured, %.0f MiB", len(self._graphs), self.num_bytes / 1024**2)
 
 
 class _PendingCapture:
