@@ -72,7 +72,7 @@ def test_accepting_scheduling_publishing_and_writing_happen_on_the_main_thread(
         (Publisher, "publish_slice"),
         (StreamedReply, "flush"),
     )
-    for owner, name in (*host_work, (Decoder, "forward")):
+    for owner, name in (*host_work, (Decoder, "forward_in_slices")):
         watch(owner, name)
 
     async def test() -> None:
@@ -90,10 +90,10 @@ def test_accepting_scheduling_publishing_and_writing_happen_on_the_main_thread(
     main = threading.main_thread().ident
     assert seen == {
         **{f"{owner.__name__}.{name}": {main} for owner, name in host_work},
-        "Decoder.forward": seen["Decoder.forward"],
+        "Decoder.forward_in_slices": seen["Decoder.forward_in_slices"],
     }
     # The recording does tell threads apart: arithmetic is the device's.
-    assert seen["Decoder.forward"] and main not in seen["Decoder.forward"]
+    assert seen["Decoder.forward_in_slices"] and main not in seen["Decoder.forward_in_slices"]
 
 
 class FailingForward:
@@ -111,8 +111,8 @@ class FailingForward:
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> FailingForward:
-    fault = FailingForward(Decoder.forward)
-    monkeypatch.setattr(Decoder, "forward", lambda *args, **kwargs: fault(*args, **kwargs))
+    fault = FailingForward(Decoder.forward_in_slices)
+    monkeypatch.setattr(Decoder, "forward_in_slices", lambda *args, **kwargs: fault(*args, **kwargs))
     return fault
 
 
