@@ -217,10 +217,15 @@ def capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def table_path() -> Path:
+    """The table that is shipped, or the one that TABLE_VARIABLE names."""
+    return Path(os.environ.get(TABLE_VARIABLE) or _TABLE_PATH)
+
+
 @functools.cache
 def default_table() -> LinearTable:
-    """The table that is shipped, or the one that TABLE_VARIABLE names; read once a process."""
-    path = Path(os.environ.get(TABLE_VARIABLE) or _TABLE_PATH)
+    """The table in force; read once a process."""
+    path = table_path()
     return parse_table(path.read_text(encoding="utf-8"), source=str(path))
 
 

@@ -26,8 +26,9 @@ from graphllm.runner.step_buffers import StepBuffers
 from graphllm.runner.step_program import StepProgram
 from graphllm.step_buckets import StepBuckets
 
-# What captured graphs may take of a card together, whatever was measured of one.
-_MOST_GRAPH_BYTES = 1024**3
+# What captured graphs may take of a card together, whatever was measured of some: drivers grant memory in
+# pieces, so that two graphs may seem to take none, or a whole piece each.
+_LEAST_GRAPH_BYTES, _MOST_GRAPH_BYTES = 256 * 1024**2, 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ class LargestStep:
 def measure_largest_step(parts: StepParts, kv_shape: KVCacheShape, *, graphs_enabled: bool) -> LargestStep:
     """Run the largest steps over a cache of no use, which fixes the arena, and capture two of them.
 
-    graph_bytes is what all graphs of steady traffic would take at the price of those, 1 GiB at most, and
-    1 GiB where the driver grants memory in pieces too large to see: when it is used up, the rest stays eager.
+    graph_bytes is twice what all graphs of steady traffic would take at the price of those, within bounds:
+    when it is used up, the rest stays eager.
     """
     assert parts.device.graphs is not None, "a card captures graphs"
     kv_cache = KVCache(kv_shape, 2, device=parts.device.torch_device)
@@ -141,7 +142,8 @@ def measure_largest_step(parts: StepParts, kv_shape: KVCacheShape, *, graphs_ena
     free_bytes = parts.device.graphs.free_bytes()
     if not graphs_enabled:
         return LargestStep(free_bytes, 0)
-    return LargestStep(free_bytes, min(graphs.measure_bytes() or _MOST_GRAPH_BYTES, _MOST_GRAPH_BYTES))
+    graph_bytes = max(2 * graphs.measure_bytes(), _LEAST_GRAPH_BYTES)
+    return LargestStep(free_bytes, min(graph_bytes, _MOST_GRAPH_BYTES))
 
 
 def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batched_tokens: int) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -25,8 +26,11 @@ import triton
 from triton import knobs
 
 from graphllm.arena import Arena
-from graphllm.cache.kv_cache import KVCache, KVCacheShape
+from graphllm.cache.kv_cache import KVCache, KVCacheShape, resolve_kv_dtype
 from graphllm.config import EngineConfig
+from graphllm.kernels.linear_choice import table_path
+from graphllm.kernels.skinny_linear import prefetches_weights
+from graphllm.kernels.triton_support import launch_options
 from graphllm.models.checkpoint import open_model, resolve_model_path
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.decoder import Decoder
@@ -45,6 +49,15 @@ logger = logging.getLogger(__name__)
 
 SHARES = ("decode", "mixed", "sampler")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_FIELDS_THAT_KERNELS_SEE = (
+    "dtype",
+    "kv_cache_dtype",
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "cudagraph_capture_sizes",
+)
 
 
 class CompilationWatch:
@@ -73,17 +86,34 @@ class CompilationWatch:
 
 
 class AheadCompilation:
-    """Helper processes that compile what `config` will need, unless that was done before."""
+    """Helper processes that compile what `config` will need, unless that was done before.
+
+    To be used as a context manager around the reading of weights: whatever happens there, no helper stays.
+    `GRAPHLLM_COMPILE_AHEAD=0` starts none, for runs that know that everything was compiled.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._marker = Path(knobs.cache.dir) / f"graphllm-{_fingerprint(config)}.compiled"
         self._started = time.perf_counter()
         self._helpers: list[subprocess.Popen[bytes]] = []
-        if self._marker.exists():
+        if self._marker.exists() or os.environ.get("GRAPHLLM_COMPILE_AHEAD") == "0":
             return
         logger.info("compiling kernels for %s (once for this model and card)", config.model)
         command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(config))]
-        self._helpers = [subprocess.Popen([*command, share], stdin=subprocess.DEVNULL) for share in SHARES]
+        # A session of their own: Ctrl-C is the server's to answer.
+        self._helpers = [
+            subprocess.Popen([*command, share], stdin=subprocess.DEVNULL, start_new_session=True)
+            for share in SHARES
+        ]
+
+    def __enter__(self) -> AheadCompilation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for helper in self._helpers:
+            if helper.poll() is None:
+                helper.kill()
+            helper.wait()
 
     def wait(self) -> None:
         """Until all are done. A helper that fails costs time later and nothing else."""
@@ -97,17 +127,24 @@ class AheadCompilation:
 
 
 def _fingerprint(config: EngineConfig) -> str:
-    """What the compiled kernels depend on: their sources, the model's shape, the card and the versions."""
+    """What the compiled kernels depend on: their sources, the model's and the steps' shapes, the card, the
+    versions, and the switches in the environment."""
     digest = hashlib.sha256()
-    sources = [
-        *_PACKAGE.glob("kernels/*.py"),
-        *_PACKAGE.glob("kernels/*.json"),
-        *_PACKAGE.glob("attention/*.py"),
-    ]
-    for path in sorted(sources):
+    sources = [*_PACKAGE.glob("kernels/*.py"), *_PACKAGE.glob("attention/*.py")]
+    for path in (*sorted(sources), table_path()):
         digest.update(path.read_bytes())
-    versions = (triton.__version__, torch.__version__, torch.cuda.get_device_name())
-    digest.update(repr((versions, _model_config(config), dataclasses.asdict(config))).encode())
+    card = torch.device("cuda", torch.cuda.current_device())
+    shapes = {name: getattr(config, name) for name in _FIELDS_THAT_KERNELS_SEE}
+    what = (
+        triton.__version__,
+        torch.__version__,
+        torch.cuda.get_device_name(card),
+        launch_options(card),
+        prefetches_weights(),
+        _model_config(config),
+        shapes,
+    )
+    digest.update(repr(what).encode())
     return digest.hexdigest()[:32]
 
 
@@ -140,7 +177,7 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
-        dtype=dtype,
+        dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype),
     )
     program = parts.program(KVCache(kv_shape, 2, device=torch_device))
     graphs = parts.graphs(program)

@@ -70,10 +70,15 @@ class GraphCapture(Protocol):
 
 
 class GraphDevice(Protocol):
-    """The part of a device that captures graphs."""
+    """The part of a device that captures graphs.
+
+    num_capture_allocations counts what should never be: device memory allocated inside a capture.
+    """
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Torch work inside is queued in order with all submitted work."""
+
+    num_capture_allocations: int
 
     def begin_capture(self) -> GraphCapture: ...
 
@@ -102,6 +107,12 @@ class Device(Protocol):
 
     def submit(self, work: Work) -> DeviceEvent:
         """Queue `work` behind all earlier work. Never blocks."""
+
+    def submit_copy(self, work: Work, *, behind_steps: bool) -> DeviceEvent:
+        """Queue `work` beside what is submitted otherwise, which never waits for it. Never blocks.
+
+        Copies of one kind are done in their order. behind_steps: not before all work submitted so far.
+        """
 
     def run(self, work: Callable[[], T]) -> Awaitable[T]:
         """Long host work (loading a model) off the event loop, in the same order."""
@@ -156,6 +167,9 @@ class InlineDevice:
             event.run(work)
         return event
 
+    def submit_copy(self, work: Work, *, behind_steps: bool) -> DeviceEvent:
+        return self.submit(work)
+
     async def run(self, work: Callable[[], T]) -> T:
         with torch.inference_mode():
             return work()
@@ -189,6 +203,10 @@ class CpuDevice:
         event = _WorkEvent()
         self._queue.put((event, work))
         return event
+
+    def submit_copy(self, work: Work, *, behind_steps: bool) -> DeviceEvent:
+        # A second worker would take the first one's cores, and copies are short.
+        return self.submit(work)
 
     def run(self, work: Callable[[], T]) -> Awaitable[T]:
         loop = asyncio.get_running_loop()

@@ -151,6 +151,17 @@ class GraphRunner:
     # -- capturing --------------------------------------------------------------------------------
 
     @property
+    def num_capture_allocations(self) -> int:
+        """Device memory allocated inside captures, which should never be, in times."""
+        return 0 if self._device is None else self._device.num_capture_allocations
+
+    def close(self) -> None:
+        """Give up a capture under way; nothing is replayed any more."""
+        if self._pending is not None:
+            self._pending.capture.abandon()
+            self._pending = None
+
+    @property
     def has_captures_due(self) -> bool:
         return self._pending is not None or bool(self._wanted)
 
@@ -164,9 +175,7 @@ class GraphRunner:
             if key is None:
                 return
             assert self._device is not None, "graphs are wanted where they can be captured"
-            self._pending = _PendingCapture(
-                key, self._work(key), self._device.begin_capture(), free_bytes=self._device.free_bytes()
-            )
+            self._pending = _PendingCapture(key, self._work(key), self._device.begin_capture())
         pending = self._pending
         try:
             if pending.step():
@@ -247,8 +256,9 @@ class GraphRunner:
 
     def _finish(self, pending: _PendingCapture) -> None:
         assert self._device is not None, "a capture is under way"
+        free_bytes = self._device.free_bytes()
         self._graphs[pending.key] = pending.capture.end()
-        self.num_bytes += max(0, pending.free_bytes - self._device.free_bytes())
+        self.num_bytes += max(0, free_bytes - self._device.free_bytes())
         logger.debug("captured %s", pending.key)
         if not self._wanted:
             logger.info("%d graphs captured, %.0f MiB", len(self._graphs), self.num_bytes / 1024**2)
@@ -257,14 +267,11 @@ class GraphRunner:
 class _PendingCapture:
     """One capture under way."""
 
-    __slots__ = ("_work", "capture", "free_bytes", "key")
+    __slots__ = ("_work", "capture", "key")
 
-    def __init__(
-        self, key: GraphKey, work: Iterator[None], capture: GraphCapture, *, free_bytes: int
-    ) -> None:
+    def __init__(self, key: GraphKey, work: Iterator[None], capture: GraphCapture) -> None:
         self.key = key
         self.capture = capture
-        self.free_bytes = free_bytes
         self._work = work
 
     def step(self) -> bool:

@@ -294,7 +294,8 @@ def upload_subset(
     entry: StagingEntry, phase: int, buffers: StepBuffers, *, num_pairs: int, masked: bool
 ) -> None:
     """The pairs of a sampler that stands alone, and their masks; runs on the device."""
-    buffers.subset[:, :num_pairs].copy_(entry.subset[phase, :, :num_pairs], non_blocking=True)
+    # Whole: a part would be strided, and no copy engine's single copy.
+    buffers.subset.copy_(entry.subset[phase], non_blocking=True)
     if masked:
         assert entry.masks is not None, "masks were staged"
         buffers.masks[:num_pairs].copy_(entry.masks[:num_pairs], non_blocking=True)

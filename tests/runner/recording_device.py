@@ -137,6 +137,7 @@ class RecordingDevice(InlineDevice):
         self.graphs = self
         self.total_bytes = total_bytes
         self.is_capturing = False
+        self.num_capture_allocations = 0
         self.graphs_made: list[RecordedGraph] = []
         self.persistent: Callable[[], Iterable[torch.Tensor]] | None = None
 
