@@ -6,6 +6,7 @@ Pure Python values: no tensors, no device. The scheduler and the runner meet onl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from graphllm.outputs import TokenLogprob
 from graphllm.sequence import Sequence
@@ -26,7 +27,10 @@ class SlotInstall:
 
 @dataclass(frozen=True, slots=True)
 class BlockAppend:
-    """New entries of one slot's block table: `blocks` go to columns `start` onwards."""
+    """New entries of one slot's block table: `blocks` go to columns `start` onwards.
+
+    The first may take the place of an older entry, whose block was copied because others hold it too.
+    """
 
     slot: int
     start: int
@@ -53,13 +57,34 @@ class ScheduledRow:
     num_tokens: int
 
 
+class TransferDirection(Enum):
+    """OUT: from the device to the host. IN: from the host to the device."""
+
+    OUT = auto()
+    IN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTransfer:
+    """Copy whole KV blocks between the device and the host, beside the steps.
+
+    `blocks` are (source, destination): for OUT (device block, host block), for IN (host block, device
+    block). An OUT copy waits on the device for every step launched so far. No step waits for a
+    transfer: the scheduler uses its blocks again only when it is told that the transfer has ended.
+    """
+
+    transfer_id: int
+    direction: TransferDirection
+    blocks: tuple[tuple[int, int], ...]
+
+
 @dataclass(slots=True)
 class ScheduledBatch:
     """One step. Decode rows (one token each) come before prefill rows.
 
     Order on the device: slot installs, block appends, block copies, forward, sample. `copies` are
-    (source block, destination block). `pairs` lists what is sampled; a row in the middle of its
-    prefill has none, the last row of a prompt has one for each sequence of its group.
+    (source block, destination block), independent of each other. `pairs` lists what is sampled; a row
+    in the middle of its prefill has none, the last row of a prompt has one for each sequence of its group.
     """
 
     step_id: int

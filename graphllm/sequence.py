@@ -13,7 +13,10 @@ from graphllm.sampling_params import SamplingParams
 
 
 class SequenceStatus(Enum):
-    """WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING or SWAPPED on preemption."""
+    """WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING or SWAPPED on preemption.
+
+    A swapped sequence runs again when its blocks are back, or waits to be computed again when they are lost.
+    """
 
     WAITING = auto()
     RUNNING = auto()
@@ -27,24 +30,43 @@ class Sequence:
     `token_ids` holds the prompt and every token the host has seen (confirmed). The device may be
     ahead by `num_in_flight_tokens` sampled tokens; `num_computed_tokens` counts the positions whose
     KV is computed or will be by a launched step, so it is an upper bound too.
+
+    block_hashes: the chained hashes of its first full blocks, as far as anyone has asked.
+    num_published_blocks: full blocks that were offered to the prefix cache.
+    host_blocks: while it is swapped, for each block of its context the host block that holds it, or the
+        hash under which the prefix cache keeps it.
+    transfer_id: the copy between the tiers that it waits for.
+    swapped_at_step: the newest step that may have had its rows when it was swapped.
+    skips_host_lookup: a copy from the host tier has failed; it computes its prompt instead.
+    min_tokens_to_swap: it is not swapped again before this many tokens are computed.
+    num_cached_tokens: prompt tokens that were found in the prefix cache when it first started.
     """
 
     __slots__ = (
+        "block_hashes",
         "block_table",
         "finish_reason",
         "first_token_time",
         "group",
+        "host_blocks",
         "index",
         "last_token_time",
+        "min_tokens_to_swap",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
+        "num_swaps",
+        "skips_host_lookup",
         "slot",
         "slot_generation",
         "status",
         "stop_reason",
+        "swapped_at_step",
         "token_ids",
+        "transfer_id",
     )
 
     def __init__(self, group: SequenceGroup, index: int) -> None:
@@ -59,6 +81,15 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_in_flight_tokens = 0
         self.num_preemptions = 0
+        self.num_swaps = 0
+        self.num_cached_tokens = 0
+        self.block_hashes: list[bytes] = []
+        self.num_published_blocks = 0
+        self.host_blocks: list[int | bytes] = []
+        self.transfer_id: int | None = None
+        self.min_tokens_to_swap = 0
+        self.swapped_at_step = 0
+        self.skips_host_lookup = False
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.first_token_time: float | None = None
@@ -99,18 +130,23 @@ class SequenceGroup:
 
     `sequences[0]` leads: it computes the prompt, and its siblings join when the prompt is done.
     `seed` is the request's own or one drawn at admission. `max_total_tokens` bounds prompt and
-    output together, from `max_tokens` and the context.
+    output together, from `max_tokens` and the context. `cache_salt` keeps its blocks from requests with
+    another salt; `skips_prefix_lookup` is for those that need something computed at every position.
+    `order` is its place among all requests, given by the scheduler.
     """
 
     __slots__ = (
         "arrival_time",
+        "cache_salt",
         "max_total_tokens",
+        "order",
         "params",
         "prompt_token_ids",
         "request_id",
         "seed",
         "sequences",
         "siblings_joined",
+        "skips_prefix_lookup",
     )
 
     def __init__(
@@ -122,6 +158,8 @@ class SequenceGroup:
         seed: int,
         max_total_tokens: int,
         arrival_time: float = 0.0,
+        cache_salt: str | None = None,
+        skips_prefix_lookup: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -129,6 +167,9 @@ class SequenceGroup:
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         self.arrival_time = arrival_time
+        self.cache_salt = cache_salt
+        self.skips_prefix_lookup = skips_prefix_lookup
+        self.order = 0
         self.siblings_joined = params.n == 1
         self.sequences = [Sequence(self, index) for index in range(params.n)]
 

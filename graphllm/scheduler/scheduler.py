@@ -1,25 +1,37 @@
 """Decides, anew at every step, which sequences run and for how many tokens.
 
-Owns the waiting queue and the running list, admission, chunked prefill, preemption, and the host's
-two counts of each sequence (confirmed, upper bound). Blocks are the block manager's, slots the slot
-allocator's; what a step computes is the runner's. Pure Python: steps can be simulated by the million.
+Owns admission, chunked prefill, and the host's two counts of each sequence (confirmed, upper bound). Blocks
+are the block manager's, slots the slot allocator's; `step_builder` puts the step together, `preemption`
+chooses who gives way, `prefix_sharing` and `tiers` know cached prefixes and copies between the tiers. What a
+step computes is the runner's. Pure Python: steps can be simulated by the million.
 
-The policy is first come, first served. Decodes go before prompt chunks, so that running streams
-keep their pace; what is left of the token budget goes to prompts in order of arrival. When blocks
-run out the newest sequence is preempted: its blocks are released and its tokens computed again when
-there is room (a swap to host memory takes this place later).
+The policy is first come, first served. Decodes go before prompt chunks, so that running streams keep
+their pace; what is left of the token budget goes to prompts in order of arrival. When blocks run out the
+newest sequence is preempted: it is swapped to the host tier, or, where that cannot be, released and
+computed again. Nobody overtakes an older sequence that waits for memory, so the oldest always comes to
+its end, and then the next.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from graphllm.batch import BlockAppend, SamplePair, ScheduledBatch, ScheduledRow, SlotInstall, StepResult
+from graphllm.batch import BlockTransfer, ScheduledBatch, StepResult
 from graphllm.cache.block_manager import BlockManager
+from graphllm.cache.host_tier import HostTier
+from graphllm.cache.prefix_hash import PrefixHasher
 from graphllm.outputs import FinishReason, TokenLogprob
+from graphllm.scheduler import invariants
+from graphllm.scheduler.kv_counters import KVCounters
+from graphllm.scheduler.preemption import Preemption, end_is_foreseen
+from graphllm.scheduler.prefix_sharing import NO_HIT, PinnedPrefix, PrefixHit, PrefixSharing
+from graphllm.scheduler.queues import Queues, has_arrived, is_at_rest
 from graphllm.scheduler.slots import SlotAllocator
+from graphllm.scheduler.step_builder import StepBuilder
+from graphllm.scheduler.tiers import ConstantRates, SwapInOutcome, Tiers, TransferPredictor, forget_computed
 from graphllm.sequence import Sequence, SequenceGroup, SequenceStatus
+
+_MAX_NEW_HASHES = 256  # a step, about half a millisecond; more when the device has nothing to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +39,15 @@ class SchedulerLimits:
     """max_num_seqs: most rows in a step. max_num_batched_tokens: most tokens in a step.
 
     The latter is the largest size that steps are padded to, so a prompt that is cut fills its step exactly.
+    max_pinned_blocks: quota of pinned prefixes; the rest must hold the longest sequence.
+    max_swaps_per_sequence: how often a sequence is swapped; after that it is computed again instead.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    enable_prefix_caching: bool = False
+    max_pinned_blocks: int = 0
+    max_swaps_per_sequence: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +60,10 @@ class AppliedToken:
 
 
 class Scheduler:
-    """Continuous batching over one block manager."""
+    """Continuous batching over one block manager and one host tier (none: no swaps, no offloading).
+
+    `kv_fingerprint` names whatever changes KV beside the tokens; `hash_secret` is random unless given.
+    """
 
     def __init__(
         self,
@@ -52,23 +72,52 @@ class Scheduler:
         *,
         slots: SlotAllocator,
         eos_token_ids: frozenset[int] = frozenset(),
+        host_tier: HostTier | None = None,
+        kv_fingerprint: bytes = b"",
+        predictor: TransferPredictor | None = None,
+        hash_secret: bytes | None = None,
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "every decode fits in a step"
         self.limits = limits
         self.block_manager = block_manager
         self.slots = slots
         self.eos_token_ids = eos_token_ids
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.num_preemptions = 0
+        self.host_tier = host_tier or HostTier()
+        self.queues = Queues()
+        self.waiting = self.queues.waiting
+        self.running = self.queues.running
+        self.moved = self.queues.moved
+        self.counters = KVCounters()
+        self.hasher = PrefixHasher(block_manager.block_size, fingerprint=kv_fingerprint, secret=hash_secret)
+        self.prefixes = PrefixSharing(block_manager, self.hasher, max_pinned_blocks=limits.max_pinned_blocks)
+        self.tiers = Tiers(
+            block_manager,
+            self.host_tier,
+            queues=self.queues,
+            prefixes=self.prefixes,
+            counters=self.counters,
+            predictor=predictor or ConstantRates(),
+            max_swaps_per_sequence=limits.max_swaps_per_sequence,
+        )
+        self._preemption = Preemption(
+            block_manager,
+            slots,
+            queues=self.queues,
+            tiers=self.tiers,
+            counters=self.counters,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
+        self.last_batch: ScheduledBatch | None = None  # until anything else happens: for the checker
+        self._previous = ScheduledBatch(0)
         self._next_step_id = 1
-        self._due_copies: list[tuple[int, int]] = []
-        self._noted_copies: list[tuple[int, int]] = []
+        self._next_order = 0
 
     # -- requests ---------------------------------------------------------------------------------
 
     def add(self, group: SequenceGroup) -> None:
         """Queue a request. Its leader computes the prompt; siblings join when it is computed."""
+        group.order = self._next_order
+        self._next_order += 1
         self.waiting.append(group.sequences[0])
 
     def finish(
@@ -77,11 +126,8 @@ class Scheduler:
         """End one sequence and release what it holds. Ending it again does nothing."""
         if sequence.is_finished:
             return
-        if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self._release(sequence)
-        elif sequence.index == 0 or sequence.group.siblings_joined:  # else it was never queued
-            self.waiting.remove(sequence)
+        if sequence.index == 0 or sequence.group.siblings_joined:  # else it was never queued
+            self._take_out(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
@@ -93,55 +139,73 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self.moved)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.counters.num_preemptions
+
+    # -- pinned prefixes --------------------------------------------------------------------------
+
+    def pin(self, token_ids: list[int], cache_salt: str | None) -> PinnedPrefix:
+        """Keep the computed blocks of this prefix on the device until `unpin`.
+
+        The result's `num_tokens` says how much of it exists and fits into the quota.
+        """
+        self.last_batch = None
+        return self.prefixes.pin(token_ids, cache_salt)
+
+    def unpin(self, pin_id: int) -> None:
+        """Let a pinned prefix grow cold again. Raises KeyError for an unknown pin."""
+        self.prefixes.unpin(pin_id)
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        return self.prefixes.num_pinned_blocks
 
     # -- a step -----------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next step, or None when nothing can run before a step in flight completes."""
-        batch = ScheduledBatch(step_id=self._next_step_id)
-        num_preemptions = self.num_preemptions
-        budget = self.limits.max_num_batched_tokens
-        scheduled: set[Sequence] = set()
-        blocked = False
-        prefills = []
-        for sequence in tuple(self.running):
-            if sequence.status is not SequenceStatus.RUNNING or _end_is_foreseen(sequence):
-                continue
-            if sequence.num_uncomputed_tokens > 1:
-                prefills.append(sequence)
-            elif self._grow(sequence, 1, batch, scheduled=scheduled):
-                self._add_row(sequence, 1, batch, scheduled=scheduled)
-                budget -= 1
-            else:
-                blocked = True
-        for sequence in prefills:
-            num_tokens = min(budget, sequence.num_uncomputed_tokens)
-            if num_tokens == 0 or sequence.status is not SequenceStatus.RUNNING:
-                continue
-            if self._grow(sequence, num_tokens, batch, scheduled=scheduled):
-                self._add_row(sequence, num_tokens, batch, scheduled=scheduled)
-                budget -= num_tokens
-            else:
-                blocked = True
-        if not blocked and self.num_preemptions == num_preemptions:
-            self._admit(budget, batch, scheduled=scheduled)
-        if not batch.rows:
+        """The next step, or None when nothing can run before a step in flight or a transfer ends."""
+        step = self._build()
+        if not step.batch.rows and self.running and self._preemption.nothing_is_coming:
+            # Everybody lacks a block, and whoever might give way has only just come back.
+            self._preemption.preempt(self.running[-1])
+            step = self._build()
+        self.tiers.offload_cold(self._preemption.num_blocks_soon_at_most)
+        if not step.batch.rows:
             return None
-        # Copies noted while scheduling read what this very step writes: they go with the next one.
-        batch.copies, self._due_copies = self._due_copies, self._noted_copies
-        self._noted_copies = []
-        self._order_rows(batch)
+        batch = step.finish()
         self._next_step_id += 1
         self.block_manager.step_launched(batch.step_id)
         self.slots.step_launched(batch.step_id)
+        if self.limits.enable_prefix_caching:
+            for row in batch.rows:
+                if row.num_tokens > 1:
+                    self.prefixes.publish_launched(row.sequence, batch.step_id)
+        self.last_batch = self._previous = batch
         return batch
+
+    def take_transfers(self) -> list[BlockTransfer]:
+        """The copies to launch now. To be asked after each `schedule`, whatever that returned."""
+        return self.tiers.take_due()
+
+    def transfer_completed(self, transfer_id: int, *, failed: bool) -> None:
+        """A transfer that was taken touches no memory any more; `failed`: what it copied is worth nothing."""
+        self.tiers.completed(transfer_id, failed=failed)
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether a transfer is due or under way; also when no request is left."""
+        return self.tiers.has_transfers
 
     def apply(self, batch: ScheduledBatch, result: StepResult) -> list[AppliedToken]:
         """Confirm a completed step's tokens; ends sequences at stop tokens and at their length.
 
         Rows of sequences that ended meanwhile are dropped; a preempted sequence keeps its token.
         """
+        self.prefixes.confirm(batch.step_id)
+        publishes = self.limits.enable_prefix_caching
         applied = []
         for pair, token_id, logprob in zip(batch.pairs, result.token_ids, result.logprobs, strict=True):
             sequence = pair.sequence
@@ -150,159 +214,185 @@ class Scheduler:
             sequence.num_in_flight_tokens -= 1
             sequence.token_ids.append(token_id)
             applied.append(AppliedToken(sequence, token_id, logprob))
+            if publishes and sequence.status is SequenceStatus.RUNNING:
+                self.prefixes.publish_confirmed(sequence)
             self._check_stop(sequence, token_id)
         return applied
 
     def step_completed(self, step_id: int) -> None:
         """No launched step up to `step_id` touches memory any more: open its fences."""
+        self.last_batch = None
         self.block_manager.step_completed(step_id)
         self.slots.step_completed(step_id)
 
-    def check(self) -> None:
-        """Prove the invariants of blocks and slots. Raises AssertionError."""
-        assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running)
-        assert all(not sequence.block_table for sequence in self.waiting)
-        self.block_manager.check(sequence.block_table for sequence in self.running)
-        owned = [sequence.slot for sequence in self.running]
-        assert len(set(owned)) == len(owned) == self.slots.num_held, "slots and their owners differ"
+    def step_failed(self, batch: ScheduledBatch) -> None:
+        """A completed step has computed nothing: withdraw what it published.
+
+        Sequences of other requests that read it wait to be computed again, and their rows in steps already
+        launched become no-ops. The caller aborts the requests of the step's own rows afterwards.
+        """
+        failed = [sequence for row in batch.rows for sequence in row.sequence.group.sequences]
+        for sequence in self.prefixes.withdraw(batch.step_id, failed):
+            if sequence.is_finished:
+                continue
+            self._take_out(sequence)
+            forget_computed(sequence)
+            sequence.num_in_flight_tokens = 0
+            sequence.slot_generation = 0  # nobody's: the tokens in flight are dropped
+            self.queues.add_waiting(sequence)
+            self.counters.num_voided_sequences += 1
+
+    # -- what can be asked ------------------------------------------------------------------------
+
+    @property
+    def unused_share(self) -> float:
+        """Allocated KV positions of running sequences that hold no token, over all that are held."""
+        held = self.block_manager.num_held_blocks * self.block_manager.block_size
+        size = self.block_manager.block_size
+        unused = sum(len(each.block_table) * size - each.num_computed_tokens for each in self.running)
+        return unused / held if held else 0.0
+
+    def check(self, full: bool = True) -> None:
+        """Prove the invariants of blocks, slots and queues; not `full`: of what the last step touched.
+
+        The full check recomputes the hashes of all held blocks from their owners' tokens. Raises
+        AssertionError.
+        """
+        invariants.check(self, full=full)
 
     # -- parts of a step --------------------------------------------------------------------------
 
-    def _admit(self, budget: int, batch: ScheduledBatch, *, scheduled: set[Sequence]) -> None:
-        """Start waiting sequences, in order, while slots, blocks and the token budget last."""
-        while self.waiting and budget > 0:
-            sequence = self.waiting[0]
-            if sequence.num_in_flight_tokens:  # preempted; its last token is not known yet
+    def _build(self) -> StepBuilder:
+        num_preemptions = self.num_preemptions
+        self._preemption.swap_early()
+        step = StepBuilder(
+            self._next_step_id,
+            budget=self.limits.max_num_batched_tokens,
+            max_num_seqs=self.limits.max_num_seqs,
+            manager=self.block_manager,
+            slots=self.slots,
+            queues=self.queues,
+            preemption=self._preemption,
+            prefixes=self.prefixes if self.limits.enable_prefix_caching else None,
+            previous=self._previous,
+        )
+        prefills = []
+        for sequence in tuple(self.running):
+            if sequence.status is not SequenceStatus.RUNNING or end_is_foreseen(sequence):
+                continue
+            if sequence.num_uncomputed_tokens > 1:
+                prefills.append(sequence)
+            else:
+                step.add(sequence, 1)
+        for sequence in prefills:
+            num_tokens = min(step.budget, sequence.num_uncomputed_tokens)
+            if num_tokens > 0 and sequence.status is SequenceStatus.RUNNING:
+                step.add(sequence, num_tokens)
+        if self.moved:
+            self._start_arrived(step)
+        if not step.blocked and self.num_preemptions == num_preemptions:
+            self._admit(step)
+        return step
+
+    def _start_arrived(self, step: StepBuilder) -> None:
+        """Start the sequences whose blocks have been copied up; they hold room for a token more."""
+        manager = self.block_manager
+        for sequence in tuple(self.moved):
+            if step.budget == 0 or not step.has_slot:
                 return
-            if len(self.running) >= self.limits.max_num_seqs or self.slots.num_free == 0:
+            if not has_arrived(sequence):
+                continue
+            self.moved.remove(sequence)
+            num_computed_tokens = sequence.num_computed_tokens
+            if sequence.status is SequenceStatus.WAITING:
+                self._count_cached(sequence, num_computed_tokens)
+            step.start(sequence, num_computed_tokens=num_computed_tokens)
+            room = (len(sequence.block_table) + manager.num_free_blocks) * manager.block_size
+            num_tokens = min(step.budget, sequence.num_uncomputed_tokens, room - num_computed_tokens)
+            added = step.add(sequence, num_tokens)
+            assert added, "room was reserved"
+
+    def _admit(self, step: StepBuilder) -> None:
+        """Start waiting and swapped sequences, in order, while slots, blocks and the token budget last."""
+        while step.budget > 0 and step.has_slot:
+            swapped = next((each for each in self.moved if is_at_rest(each)), None)
+            waiting = self.waiting[0] if self.waiting else None
+            if swapped is not None and (waiting is None or swapped.group.order <= waiting.group.order):
+                if not self._swap_in(swapped):
+                    return
+                continue
+            if waiting is None or waiting.num_in_flight_tokens:  # preempted; its last token is not known yet
                 return
-            # Leave each running sequence room for the step in flight and the next.
-            needed = self.block_manager.num_blocks_for(sequence.num_uncomputed_tokens) + len(self.running)
-            is_alone = not self.running and self.block_manager.num_pending_blocks == 0
-            if needed > self.block_manager.num_free_blocks and not is_alone:
+            hit = self._look_up(waiting, in_haste=bool(step.batch.rows))
+            if hit is None or not self._has_room_for(waiting, hit):
                 return
             self.waiting.popleft()
-            self._start(sequence, batch, num_computed_tokens=0)
-            num_tokens = min(budget, sequence.num_uncomputed_tokens)
-            grown = self._grow(sequence, num_tokens, batch, scheduled=scheduled)
-            assert grown, "admission was checked"
-            self._add_row(sequence, num_tokens, batch, scheduled=scheduled)
-            budget -= num_tokens
+            if not waiting.skips_host_lookup and self.tiers.should_fetch(hit):
+                self.tiers.fetch(waiting, hit)
+            else:
+                self._start_prompt(waiting, hit.device_blocks, step=step)
 
-    def _start(self, sequence: Sequence, batch: ScheduledBatch, *, num_computed_tokens: int) -> None:
-        sequence.slot, sequence.slot_generation = self.slots.take()
-        sequence.num_computed_tokens = num_computed_tokens
-        sequence.status = SequenceStatus.RUNNING
-        self.running.append(sequence)
-        batch.installs.append(SlotInstall(sequence, sequence.slot, num_computed_tokens))
+    def _start_prompt(self, sequence: Sequence, cached_blocks: list[int], *, step: StepBuilder) -> None:
+        """Start a sequence from the blocks of its prompt that are on the device."""
+        self.prefixes.start_from(sequence, cached_blocks)
+        sequence.block_table = list(cached_blocks)
+        sequence.num_published_blocks = len(cached_blocks)
+        num_cached_tokens = len(cached_blocks) * self.block_manager.block_size
+        self._count_cached(sequence, num_cached_tokens)
+        step.start(sequence, num_computed_tokens=num_cached_tokens)
+        added = step.add(sequence, min(step.budget, sequence.num_uncomputed_tokens))
+        assert added, "admission was checked"
 
-    def _grow(
-        self, sequence: Sequence, num_tokens: int, batch: ScheduledBatch, *, scheduled: set[Sequence]
-    ) -> bool:
-        """Extend the block table to hold `num_tokens` more, preempting if need be.
+    def _count_cached(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        """Note how much of a prompt was cached; not when a preempted sequence finds itself again."""
+        if sequence.num_preemptions == 0 and self.limits.enable_prefix_caching:
+            sequence.num_cached_tokens = num_cached_tokens
+            self.counters.num_prefix_queries_tokens += len(sequence.token_ids)
+            self.counters.num_prefix_hit_tokens += num_cached_tokens
 
-        False leaves the sequence out of this step: it was preempted itself, or the blocks it needs
-        wait behind a fence, and preempting more would free nothing now.
-        """
+    def _look_up(self, sequence: Sequence, *, in_haste: bool) -> PrefixHit | None:
+        """What of a waiting sequence is cached; None when finding out would make this step late."""
+        if not self.limits.enable_prefix_caching:
+            return NO_HIT
+        max_new_hashes = _MAX_NEW_HASHES if in_haste else None
+        return self.prefixes.look_up(sequence, self.host_tier, max_new_hashes=max_new_hashes)
+
+    def _has_room_for(self, sequence: Sequence, hit: PrefixHit) -> bool:
         manager = self.block_manager
-        total = manager.num_blocks_for(sequence.num_computed_tokens + num_tokens)
-        missing = total - len(sequence.block_table)
-        if missing <= 0:
-            return True
-        while missing > manager.num_free_blocks:
-            if missing <= manager.num_free_blocks + manager.num_pending_blocks:
-                return False
-            victim = next((other for other in reversed(self.running) if other not in scheduled), None)
-            if victim is None:
-                return False
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        blocks = manager.allocate(missing)
-        assert sequence.slot is not None
-        batch.block_appends.append(BlockAppend(sequence.slot, len(sequence.block_table), tuple(blocks)))
-        sequence.block_table.extend(blocks)
-        return True
+        num_blocks = manager.num_blocks_for(sequence.num_uncomputed_tokens) - len(hit.device_blocks)
+        num_blocks += sum(manager.reference_count(block) == 0 for block in hit.device_blocks)
+        # Leave each running sequence, this one too, room for the step in flight and the next.
+        return num_blocks + len(self.running) + 1 <= manager.num_free_blocks or self._is_alone()
 
-    def _add_row(
-        self, sequence: Sequence, num_tokens: int, batch: ScheduledBatch, *, scheduled: set[Sequence]
-    ) -> None:
-        """Commit `num_tokens` of `sequence` to the step; the last known token's row samples."""
-        assert sequence.slot is not None
-        row = len(batch.rows)
-        batch.rows.append(ScheduledRow(sequence, sequence.slot, num_tokens))
-        scheduled.add(sequence)
-        sequence.num_computed_tokens += num_tokens
-        if sequence.num_uncomputed_tokens > 0:
-            return
-        self._add_pair(row, sequence, batch)
-        if not sequence.group.siblings_joined:
-            self._join_siblings(row, sequence, batch, scheduled=scheduled)
+    def _is_alone(self) -> bool:
+        """Whether nobody runs, and nobody holds blocks that will be free or run again."""
+        return (
+            not self.running
+            and self._preemption.nothing_is_coming
+            and not any(has_arrived(each) for each in self.moved)
+        )
 
-    def _add_pair(self, row: int, sequence: Sequence, batch: ScheduledBatch) -> None:
-        assert sequence.slot is not None
-        batch.pairs.append(SamplePair(row, sequence, sequence.slot, sequence.slot_generation))
-        sequence.num_in_flight_tokens += 1
+    def _swap_in(self, sequence: Sequence) -> bool:
+        """Bring the oldest swapped sequence back; False when it has to wait for room or its last step."""
+        num_spare_blocks = 0 if self._is_alone() else len(self.running) + 1
+        outcome = self.tiers.swap_in(sequence, num_spare_blocks=num_spare_blocks)
+        if outcome is SwapInOutcome.LOST:
+            self.tiers.recompute(sequence)
+        return outcome is not SwapInOutcome.NO_ROOM
 
-    def _join_siblings(
-        self, row: int, leader: Sequence, batch: ScheduledBatch, *, scheduled: set[Sequence]
-    ) -> None:
-        """The prompt is computed by this step: its siblings share the full blocks and start here.
+    def _take_out(self, sequence: Sequence) -> None:
+        """Remove a sequence from its queue and release what it holds on either tier.
 
-        A sibling's own copy of the last, partly filled block is made at the start of the next step,
-        before anything writes to either. A sibling for which there is no room now waits, and
-        computes the prompt itself.
+        A transfer of its blocks holds them until it ends.
         """
-        leader.group.siblings_joined = True
-        manager = self.block_manager
-        num_full_blocks, num_partial_tokens = divmod(leader.num_prompt_tokens, manager.block_size)
-        latecomers = []
-        for sibling in leader.group.sequences[1:]:
-            if sibling.is_finished:
-                continue
-            num_own_blocks = 1 if num_partial_tokens else 0
-            if (
-                self.slots.num_free == 0
-                or len(self.running) >= self.limits.max_num_seqs
-                or num_own_blocks > manager.num_free_blocks
-            ):
-                latecomers.append(sibling)
-                continue
-            shared = leader.block_table[:num_full_blocks]
-            manager.share(shared)
-            own = manager.allocate(num_own_blocks)
-            self._noted_copies.extend(zip(leader.block_table[num_full_blocks:], own, strict=False))
-            sibling.block_table = shared + own
-            self._start(sibling, batch, num_computed_tokens=leader.num_prompt_tokens)
-            scheduled.add(sibling)
-            self._add_pair(row, sibling, batch)
-        self.waiting.extendleft(reversed(latecomers))
-
-    def _order_rows(self, batch: ScheduledBatch) -> None:
-        """Put rows of one token first, as attention wants them, and count them."""
-        batch.num_decode_rows = sum(row.num_tokens == 1 for row in batch.rows)
-        order = sorted(range(len(batch.rows)), key=lambda row: batch.rows[row].num_tokens > 1)
-        if order == list(range(len(order))):
-            return
-        new_row = {old: new for new, old in enumerate(order)}
-        batch.rows = [batch.rows[old] for old in order]
-        batch.pairs = [replace(pair, row=new_row[pair.row]) for pair in batch.pairs]
-
-    def _preempt(self, victim: Sequence) -> None:
-        self.num_preemptions += 1
-        victim.num_preemptions += 1
-        self.running.remove(victim)
-        self._release(victim)
-        victim.status = SequenceStatus.WAITING
-        victim.num_computed_tokens = 0
-        self.waiting.appendleft(victim)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.block_manager.release(sequence.block_table)
+        self.queues.remove(sequence)
+        self.block_manager.release(reversed(sequence.block_table))
         sequence.block_table = []
-        assert sequence.slot is not None
-        self.slots.release(sequence.slot)
-        sequence.slot = None
+        self.tiers.drop_host_blocks(sequence)
+        sequence.transfer_id = None
+        if sequence.slot is not None:
+            self.slots.release(sequence.slot)
+            sequence.slot = None
 
     def _check_stop(self, sequence: Sequence, token_id: int) -> None:
         params = sequence.params
@@ -315,8 +405,3 @@ class Scheduler:
                 return
         if len(sequence.token_ids) >= sequence.group.max_total_tokens:
             self.finish(sequence, FinishReason.LENGTH)
-
-
-def _end_is_foreseen(sequence: Sequence) -> bool:
-    """Whether the tokens in flight already reach the sequence's length: no step can help it."""
-    return sequence.max_num_tokens >= sequence.group.max_total_tokens

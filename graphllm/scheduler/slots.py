@@ -10,15 +10,15 @@ from collections import deque
 
 
 class SlotAllocator:
-    """`num_slots` slots; a slot's generation grows each time it gets a new owner."""
+    """`num_slots` slots. Every owner of one has a generation, which no earlier owner of any slot had."""
 
-    __slots__ = ("_completed_step", "_free", "_generations", "_launched_step", "_pending", "num_slots")
+    __slots__ = ("_completed_step", "_free", "_generation", "_launched_step", "_pending", "num_slots")
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._free: deque[int] = deque(range(num_slots))
         self._pending: deque[tuple[int, int]] = deque()
-        self._generations = [0] * num_slots
+        self._generation = 0
         self._launched_step = 0
         self._completed_step = 0
 
@@ -31,10 +31,10 @@ class SlotAllocator:
         return self.num_slots - len(self._free) - len(self._pending)
 
     def take(self) -> tuple[int, int]:
-        """A free slot and its new generation. The caller has checked that there is one."""
+        """A free slot and a new generation. The caller has checked that there is one."""
         slot = self._free.popleft()
-        self._generations[slot] += 1
-        return slot, self._generations[slot]
+        self._generation += 1
+        return slot, self._generation
 
     def release(self, slot: int) -> None:
         if self._launched_step > self._completed_step:

@@ -48,7 +48,12 @@ PUBLIC_FACE = "graphllm/__init__.py"
 PUBLIC_CONSTANTS = {"__version__"}
 
 # Simulated by the million steps, so nothing here may hold a tensor.
-TENSOR_FREE = ("graphllm/scheduler/", "graphllm/cache/block_manager.py")
+TENSOR_FREE = (
+    "graphllm/scheduler/",
+    "graphllm/cache/block_manager.py",
+    "graphllm/cache/host_tier.py",
+    "graphllm/cache/prefix_hash.py",
+)
 TENSOR_LIBRARIES = {"numpy", "torch", "triton"}
 # Memory and nothing else: it knows neither the package nor what is computed in it.
 TORCH_ONLY = {"graphllm/arena.py"}

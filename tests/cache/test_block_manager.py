@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from graphllm.cache.block_manager import NULL_BLOCK, BlockManager
 
@@ -65,55 +62,3 @@ def test_check_notices_damage(damage: str) -> None:
         holders = [table, table]
     with pytest.raises(AssertionError):
         manager.check(holders)
-
-
-class BlockManagerMachine(RuleBasedStateMachine):
-    """Random holders, shares, releases and steps; the checker after each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.manager = BlockManager(24, 16)
-        self.tables: list[list[int]] = []
-        self.launched = 0
-        self.completed = 0
-
-    @rule(count=st.integers(1, 6))
-    def allocate(self, count: int) -> None:
-        if count <= self.manager.num_free_blocks:
-            self.tables.append(self.manager.allocate(count))
-
-    @precondition(lambda self: self.tables)
-    @rule(data=st.data())
-    def share_a_prefix(self, data: st.DataObject) -> None:
-        table = data.draw(st.sampled_from(self.tables))
-        prefix = table[: data.draw(st.integers(1, len(table)))]
-        self.manager.share(prefix)
-        self.tables.append(list(prefix))
-
-    @precondition(lambda self: self.tables)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.tables) - 1))
-        self.manager.release(self.tables.pop(index))
-
-    @precondition(lambda self: self.launched - self.completed < 2)
-    @rule()
-    def launch(self) -> None:
-        self.launched += 1
-        self.manager.step_launched(self.launched)
-
-    @precondition(lambda self: self.launched > self.completed)
-    @rule()
-    def complete(self) -> None:
-        self.completed += 1
-        self.manager.step_completed(self.completed)
-
-    @invariant()
-    def every_block_is_in_one_place(self) -> None:
-        self.manager.check(self.tables)
-        if self.launched == self.completed:
-            assert self.manager.num_pending_blocks == 0
-
-
-TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

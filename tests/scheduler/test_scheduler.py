@@ -90,7 +90,7 @@ def _greedy(salt: int) -> list[int]:
     return expected_output(group, 0)
 
 
-def test_siblings_share_the_full_prompt_blocks() -> None:
+def test_siblings_share_the_prompt_and_copy_its_last_block_when_they_write() -> None:
     simulation = Simulation(block_size=4)
     group = simulation.add(prompt(10), n=3, max_tokens=6)
     batch = simulation.launch()
@@ -98,11 +98,26 @@ def test_siblings_share_the_full_prompt_blocks() -> None:
     assert len(batch.pairs) == 3
     assert len({pair.row for pair in batch.pairs}) == 1, "one row's logits feed the whole group"
     tables = [sequence.block_table for sequence in group.sequences]
-    assert all(table[:2] == tables[0][:2] for table in tables)
-    assert len({table[2] for table in tables}) == 3, "each has its own partial block"
+    assert tables[0] == tables[1] == tables[2]
+    partial_block = tables[0][2]
+    batch = simulation.launch()
+    assert batch is not None
+    assert all(table[:2] == tables[0][:2] for table in tables), "full blocks stay shared"
+    assert len({table[2] for table in tables}) == 3, "each writes to a partial block of its own"
+    assert [source for source, _ in batch.copies] == [partial_block] * 2, "the last one needs no copy"
     simulation.run()
     simulation.assert_all_as_expected()
     simulation.assert_nothing_held()
+
+
+def test_sibling_that_ends_with_its_first_token_costs_no_copy() -> None:
+    simulation = Simulation(block_size=4)
+    simulation.add(prompt(10), n=3, max_tokens=1)
+    while simulation.scheduler.has_unfinished:
+        batch = simulation.launch()
+        assert batch is None or not batch.copies
+        simulation.complete()
+    simulation.assert_all_as_expected()
 
 
 def test_siblings_without_room_compute_the_prompt_themselves() -> None:
@@ -235,3 +250,21 @@ def test_random_load_gives_every_request_its_undisturbed_tokens(seed: int) -> No
     simulation.run(rng=rng)
     simulation.assert_all_as_expected()
     simulation.assert_nothing_held()
+
+
+def test_step_of_unchanged_membership_consists_of_the_last_ones_rows() -> None:
+    simulation = Simulation()
+    for salt in range(3):
+        simulation.add(prompt(5, salt=salt), max_tokens=8)
+    simulation.launch()
+    first, second = simulation.launch(), simulation.launch()
+    assert first is not None and second is not None
+    assert all(ours is theirs for ours, theirs in zip(first.rows, second.rows, strict=True))
+    assert all(ours is theirs for ours, theirs in zip(first.pairs, second.pairs, strict=True))
+    simulation.scheduler.abort(simulation.groups[0])
+    third = simulation.launch()
+    assert third is not None
+    assert [pair.row for pair in third.pairs] == [0, 1]
+    assert [row.sequence.group for row in third.rows] == simulation.groups[1:]
+    simulation.run()
+    simulation.assert_all_as_expected()
