@@ -17,6 +17,7 @@ from graphllm.attention.backend import (
     LayerCache,
 )
 from graphllm.attention.row_groups import RowGroup, group_rows
+from graphllm.kernels.gather_kv import gather_scratch_bytes
 from graphllm.kernels.paged_attention import gathered_attention, paged_attention_ref
 
 
@@ -27,7 +28,7 @@ class PagedAttention:
 
     def __init__(self, *, block_size: int) -> None:
         self.block_size = block_size
-        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def plan(self, inputs: AttentionInputs, bucket: AttentionBucket) -> AttentionMetadata:
         """Remember the addresses; what depends on their values waits for `begin_step`."""
@@ -53,7 +54,7 @@ class PagedAttention:
     ) -> None:
         """See `AttentionBackend.forward`."""
         assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
-        if sinks is not None or spec.softcap is not None or layer_cache.key_scale is not None:
+        if sinks is not None or spec.softcap is not None:
             self._attend_by_reference(
                 query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out
             )
@@ -99,6 +100,9 @@ class PagedAttention:
         self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
+        num_tokens, width = len(group.slots), spec.num_kv_heads * spec.head_dim
+        is_scaled = layer_cache.key_scale is not None
+        scratch_dtype = query.dtype if is_scaled else layer_cache.key.dtype
         attended = gathered_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.head_dim),
             layer_cache.key,
@@ -107,19 +111,26 @@ class PagedAttention:
             mask=group.mask(spec.sliding_window, query.dtype),
             is_causal=group.is_causal(spec.sliding_window),
             scale=spec.scale,
-            scratch=self._take_scratch(
-                len(group.slots), spec.num_kv_heads * spec.head_dim, dtype=layer_cache.key.dtype
+            scratch=(
+                self._take_scratch("keys", num_tokens * width, dtype=scratch_dtype),
+                self._take_scratch("values", num_tokens * width, dtype=scratch_dtype),
             ),
+            key_scale=layer_cache.key_scale,
+            value_scale=layer_cache.value_scale,
+            gather_scratch=self._take_scratch(
+                "stored",
+                gather_scratch_bytes(num_tokens, spec.num_kv_heads, spec.head_dim),
+                dtype=torch.uint8,
+            )
+            if is_scaled
+            else None,
         )
         return attended.flatten(0, 1)
 
-    def _take_scratch(
-        self, num_tokens: int, width: int, *, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two uninitialized [num_tokens, width] tensors, the same memory in every layer and step."""
-        size = num_tokens * width
-        memory = self._scratch.get(dtype)
-        if memory is None or memory.numel() < 2 * size:
+    def _take_scratch(self, name: str, num_elements: int, *, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized flat tensor, the same memory in every layer and step."""
+        memory = self._scratch.get((name, dtype))
+        if memory is None or memory.numel() < num_elements:
             # Room for a growing context, so that decoding does not reallocate at every token.
-            memory = self._scratch[dtype] = torch.empty(4 * size, dtype=dtype)
-        return memory[:size].view(num_tokens, width), memory[size : 2 * size].view(num_tokens, width)
+            memory = self._scratch[name, dtype] = torch.empty(2 * num_elements, dtype=dtype)
+        return memory[:num_elements]

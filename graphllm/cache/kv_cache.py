@@ -1,8 +1,8 @@
 """The tensors behind the KV blocks.
 
 Owns the pools, one key and one value tensor for each layer (a tensor a layer, because one large
-tensor mutated under compilation is far slower), and moves of whole blocks. Does not know who owns a
-block.
+tensor mutated under compilation is far slower), their number format, and copies of whole blocks within them.
+Does not know who owns a block; copies to and from host memory are `swap.py`'s.
 """
 
 from __future__ import annotations
@@ -12,6 +12,46 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from graphllm.errors import ConfigError
+from graphllm.kernels.block_copy import CopyKind, block_copy, find_pools
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+}
+_FIRST_CAPABILITY_WITH_FP8 = (8, 9)
+
+
+def resolve_kv_dtype(
+    name: str, model_dtype: torch.dtype, *, capability: tuple[int, int] | None = None
+) -> torch.dtype:
+    """The format that `--kv-cache-dtype` asks for. capability: the card's; None on a CPU, or where unknown.
+
+    Raises ConfigError for a format that the card does not have.
+    """
+    if name == "auto":
+        return model_dtype
+    dtype = _DTYPES[name]
+    if capability is None:
+        return dtype
+    if dtype.itemsize == 1 and dtype.is_floating_point and capability < _FIRST_CAPABILITY_WITH_FP8:
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: this card has compute capability {capability[0]}.{capability[1]}, and "
+            "8-bit floats need 8.9; int8 takes as little memory and works here."
+        )
+    if dtype.itemsize > 1 and dtype != model_dtype:
+        model_name = str(model_dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: on a card the KV cache is in the model's {model_name} or in 8 bits; "
+            f"take auto, int8 or fp8, or --dtype {name}."
+        )
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +95,7 @@ class LayerKV:
 class KVCache:
     """The pools of all layers. Block 0 stays zero."""
 
-    __slots__ = ("layers", "num_blocks", "shape")
+    __slots__ = ("layers", "num_blocks", "pools", "shape")
 
     def __init__(self, shape: KVCacheShape, num_blocks: int, *, device: torch.device) -> None:
         self.shape = shape
@@ -72,13 +112,19 @@ class KVCache:
             LayerKV(key=pool(), value=pool(), key_scale=scales(), value_scale=scales())
             for _ in range(shape.num_layers)
         ]
+        self.pools = find_pools(
+            [
+                pool
+                for layer in self.layers
+                for pool in (layer.key, layer.value, layer.key_scale, layer.value_scale)
+                if pool is not None
+            ],
+            has_scales=shape.has_scales,
+        )
 
-    def copy_blocks(self, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-        """Copy whole blocks in every layer. sources, destinations: [num_copies] int64."""
-        for layer in self.layers:
-            for pool in (layer.key, layer.value, layer.key_scale, layer.value_scale):
-                if pool is not None:
-                    pool.index_copy_(0, destinations, pool.index_select(0, sources))
+    def copy_blocks(self, pairs: torch.Tensor) -> None:
+        """Copy whole blocks in every layer, scales included. pairs: [num_copies, 2] int64, from and to."""
+        block_copy(self.pools, pairs, kind=CopyKind.WITHIN)
 
 
 def _zeros(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -102,12 +102,12 @@ def gathered_attention(
 ) -> Tensor:
     """Attention of rows with the same number of queries over contexts padded to the same length.
 
-    query: [num_rows, query_len, num_heads, head_dim]; caches and scales as above, contiguous; slots: [num_rows
-    * max_context] int64, padding included, none of which may hold NaN; mask: [num_rows or 1, 1, query_len or
-    1, max_context] of query's dtype, added to the scores, or None; is_causal: token i of a row sees its
-    first i + 1 keys (only where there is no mask and query_len = max_context); scratch: two tensors of
-    [num_rows * max_context, num_kv_heads * head_dim], overwritten, of query's dtype for caches in 8 bits and
-    of the caches' else; gather_scratch: as `gather_kv_cpu` wants it.
+    query: [num_rows, query_len, num_heads, head_dim]; caches and scales as above, contiguous; slots:
+    [num_rows * max_context] int64, padding included, none of which may hold NaN; mask: [num_rows or 1, 1,
+    query_len or 1, max_context] of query's dtype, added to the scores, or None; is_causal: token i of a row
+    sees its first i + 1 keys (only where there is no mask and query_len = max_context); scratch: two tensors
+    of [num_rows * max_context, num_kv_heads * head_dim], overwritten, of query's dtype for caches in 8 bits
+    and of the caches' else; gather_scratch: as `gather_kv_cpu` wants it.
     Returns [num_rows, query_len, num_heads, head_dim].
     """
     num_rows, num_kv_heads, head_dim = query.shape[0], key_cache.shape[2], key_cache.shape[3]

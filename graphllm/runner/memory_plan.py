@@ -19,6 +19,7 @@ from graphllm.errors import ConfigError
 GIB = 1024**3
 _DEFAULT_KV_FRACTION = 0.25
 _DEFAULT_KV_LIMIT = 4 * GIB
+_DEFAULT_SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
 _DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
 # Above this share of the device's memory nobody is advised to go: the driver and libraries need some.
 _LARGEST_ADVISED_UTILIZATION = 0.97
@@ -132,7 +133,10 @@ def plan_memory(
     limits = plan_limits(config, model_context=model_context, device_type="cpu")
     least_bytes = _least_bytes(limits, kv_shape)
     asked = config.kv_cache_memory_bytes
-    wanted = asked or max(least_bytes, min(_DEFAULT_KV_LIMIT, int(free_bytes * _DEFAULT_KV_FRACTION)))
+    # Nobody asked for more than what runs at once and, in the prefix cache, as much again.
+    most_bytes = 2 * _most_running_blocks(config, limits) * kv_shape.bytes_per_block
+    default = min(_DEFAULT_KV_LIMIT, int(free_bytes * _DEFAULT_KV_FRACTION), most_bytes)
+    wanted = asked or max(least_bytes, default)
     if asked is not None and asked < least_bytes <= free_bytes:
         raise _asked_too_little(asked, limits, kv_shape=kv_shape)
     if max(wanted, least_bytes) > free_bytes:
@@ -171,14 +175,68 @@ def plan_device_memory(
     return _plan(config, limits, kv_shape=kv_shape, kv_bytes=kv_bytes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostPlan:
+    """Blocks of host memory beside the KV cache: for preempted sequences, and for cold prefixes."""
+
+    num_swap_blocks: int
+    num_cache_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_swap_blocks + self.num_cache_blocks
+
+
+def plan_host(config: EngineConfig, kv_shape: KVCacheShape, *, device_type: str, free_bytes: int) -> HostPlan:
+    """Turn `--swap-space` and `--kv-offloading-size` into blocks. free_bytes: of the host, still to be had.
+
+    Raises ConfigError for more than there is, or too little for a single block.
+    """
+    swap_gib = _DEFAULT_SWAP_GIB[device_type] if config.swap_space is None else config.swap_space
+    counts = {}
+    for flag, gib in (("--swap-space", swap_gib), ("--kv-offloading-size", config.kv_offloading_size)):
+        counts[flag] = int(gib * GIB) // kv_shape.bytes_per_block
+        if gib and not counts[flag]:
+            raise ConfigError(
+                f"{flag} {gib:g} is less than one KV block of {kv_shape.bytes_per_block} bytes: raise it, or "
+                "set it to 0."
+            )
+    wanted = sum(counts.values()) * kv_shape.bytes_per_block
+    if wanted > max(0, free_bytes):
+        if config.swap_space is None and not config.kv_offloading_size:
+            # Nobody asked for it: as much as leaves the host half of what it has.
+            return HostPlan(
+                num_swap_blocks=max(0, free_bytes // 2 // kv_shape.bytes_per_block), num_cache_blocks=0
+            )
+        raise ConfigError(
+            f"--swap-space and --kv-offloading-size want {_gib(wanted)} of host memory together, and "
+            f"{_gib(max(0, free_bytes))} are free: lower them."
+        )
+    return HostPlan(num_swap_blocks=counts["--swap-space"], num_cache_blocks=counts["--kv-offloading-size"])
+
+
+def plan_pinned_blocks(config: EngineConfig, plan: MemoryPlan) -> int:
+    """How many blocks pinned prefixes may hold: their share, and never the longest sequence's room."""
+    num_usable_blocks = plan.num_blocks - 1
+    share = int(config.max_pinned_share * num_usable_blocks)
+    return max(0, min(share, num_usable_blocks - plan.max_blocks_per_sequence))
+
+
 def _plan(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape, kv_bytes: int) -> MemoryPlan:
-    # Beyond every sequence at full length, blocks would never be used.
-    most_blocks = config.max_num_seqs * limits.max_blocks_per_sequence + 1
+    num_blocks = kv_bytes // kv_shape.bytes_per_block
+    if not config.enable_prefix_caching:
+        # Beyond every sequence at full length, blocks would never be used.
+        num_blocks = min(num_blocks, _most_running_blocks(config, limits))
     return MemoryPlan(
         **{field.name: getattr(limits, field.name) for field in fields(limits)},
-        num_blocks=min(kv_bytes // kv_shape.bytes_per_block, most_blocks),
+        num_blocks=num_blocks,
         bytes_per_block=kv_shape.bytes_per_block,
     )
+
+
+def _most_running_blocks(config: EngineConfig, limits: StepLimits) -> int:
+    """What every sequence at full length takes, and the null block."""
+    return config.max_num_seqs * limits.max_blocks_per_sequence + 1
 
 
 def _least_bytes(limits: StepLimits, kv_shape: KVCacheShape) -> int:

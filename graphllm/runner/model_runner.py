@@ -150,8 +150,7 @@ class ModelRunner:
         entry, shape, buffers = handle._entry, handle.shape, self.buffers
         upload(entry, buffers)
         if entry.copies.num_rows:
-            copies = entry.copies.to(buffers.rows.device)  # [num_copies, 2] int64
-            self.kv_cache.copy_blocks(copies[:, 0], copies[:, 1])
+            self.kv_cache.copy_blocks(entry.copies.to(buffers.rows.device))  # [num_copies, 2] int64
         if self.program.runs_kernels:
             kind = None if variant is None else variant.kind
             if not handle.batch.pairs and shape.num_pairs:

@@ -25,7 +25,7 @@ def test_copied_block_equals_its_source_in_every_layer() -> None:
         layer.key.normal_()
         layer.value.normal_()
     before = [(layer.key.clone(), layer.value.clone()) for layer in cache.layers]
-    cache.copy_blocks(torch.tensor([1, 2]), torch.tensor([4, 5]))
+    cache.copy_blocks(torch.tensor([[1, 4], [2, 5]]))
     for layer, (key, value) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.key[4:], key[1:3])
         assert torch.equal(layer.value[4:], value[1:3])

@@ -96,3 +96,18 @@ def test_inline_work_is_done_at_once() -> None:
 def test_cuda_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="--device cuda"):
         open_device("cuda")
+
+
+@pytest.mark.parametrize("behind_steps", [False, True])
+def test_copies_on_a_cpu_keep_the_order_of_what_was_submitted(*, behind_steps: bool) -> None:
+    device = CpuDevice(1)
+    gate = threading.Event()
+    seen: list[str] = []
+    device.submit(lambda: gate.wait(10) and seen.append("step"))
+    copy = device.submit_copy(lambda: seen.append("copy"), behind_steps=behind_steps)
+    device.submit(lambda: seen.append("next step"))
+    assert not copy.query()
+    gate.set()
+    device.close()
+    assert seen == ["step", "copy", "next step"]
+    assert copy.query() and copy.times.end >= copy.times.start > 0

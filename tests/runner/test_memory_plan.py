@@ -13,12 +13,15 @@ from graphllm.config import EngineConfig
 from graphllm.errors import ConfigError
 from graphllm.runner.memory_plan import (
     DeviceMemory,
+    HostPlan,
     MemoryPlan,
     StepLimits,
     free_host_bytes,
     plan_device_memory,
+    plan_host,
     plan_limits,
     plan_memory,
+    plan_pinned_blocks,
 )
 
 SHAPE = KVCacheShape(num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype=torch.float32)
@@ -53,7 +56,55 @@ def test_asked_memory_is_what_is_taken() -> None:
 
 
 def test_blocks_that_no_slot_could_fill_are_not_allocated() -> None:
-    assert plan(max_num_seqs=2, max_model_len=160).num_blocks == 2 * 10 + 1
+    assert plan(max_num_seqs=2, max_model_len=160, enable_prefix_caching=False).num_blocks == 2 * 10 + 1
+
+
+def test_the_prefix_cache_gets_as_much_again_and_more_where_memory_is_asked_for() -> None:
+    assert plan(max_num_seqs=2, max_model_len=160).num_blocks == 2 * (2 * 10 + 1)
+    asked = plan(max_num_seqs=2, max_model_len=160, kv_cache_memory_bytes=100 * SHAPE.bytes_per_block)
+    assert asked.num_blocks == 100
+
+
+def host_plan(device_type: str = "cpu", free_bytes: int = 64 * GIB, **flags: object) -> HostPlan:
+    config = EngineConfig(**flags)  # type: ignore[arg-type]
+    return plan_host(config, SHAPE, device_type=device_type, free_bytes=free_bytes)
+
+
+def test_swap_space_is_four_gib_on_a_card_and_none_on_a_cpu_unless_asked_for() -> None:
+    assert host_plan().num_blocks == 0
+    assert host_plan("cuda").num_swap_blocks == 4 * GIB // SHAPE.bytes_per_block
+    assert host_plan(swap_space=1.5).num_swap_blocks == 3 * GIB // 2 // SHAPE.bytes_per_block
+    assert host_plan("cuda", swap_space=0.0).num_blocks == 0
+
+
+def test_offloading_has_its_own_blocks_beside_the_swap_space() -> None:
+    both = host_plan(swap_space=1.0, kv_offloading_size=2.0)
+    assert both.num_cache_blocks == 2 * GIB // SHAPE.bytes_per_block
+    assert both.num_blocks == both.num_swap_blocks + both.num_cache_blocks
+
+
+def test_host_memory_that_is_not_there_is_refused_where_it_was_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"want 5\.00 GiB .* 4\.00 GiB are free: lower them"):
+        host_plan(free_bytes=4 * GIB, swap_space=3.0, kv_offloading_size=2.0)
+    with pytest.raises(ConfigError, match="--swap-space 1e-05 is less than one KV block"):
+        host_plan(swap_space=1e-5)
+    # A default never keeps a server from starting.
+    assert host_plan("cuda", free_bytes=2 * GIB).num_swap_blocks == GIB // SHAPE.bytes_per_block
+    assert host_plan("cuda", free_bytes=-GIB).num_blocks == 0
+
+
+def test_pinned_prefixes_never_take_the_longest_sequences_room() -> None:
+    def quota(num_blocks: int, **flags: object) -> int:
+        asked = EngineConfig(
+            max_model_len=160, kv_cache_memory_bytes=num_blocks * SHAPE.bytes_per_block, **flags
+        )  # type: ignore[arg-type]
+        planned = plan_memory(asked, SHAPE, model_context=8192, free_bytes=16 * GIB)
+        return plan_pinned_blocks(asked, planned)
+
+    assert quota(101) == 25
+    assert quota(101, max_pinned_share=0.5) == 50
+    assert quota(101, max_pinned_share=0.99) == 90
+    assert quota(11) == 0
 
 
 def test_too_small_a_cache_is_refused_with_a_length_that_fits() -> None:
@@ -165,7 +216,10 @@ def test_asked_memory_below_one_sequence_is_refused_with_both_ways_out() -> None
 
 
 def test_device_blocks_that_no_sequence_could_fill_are_not_allocated() -> None:
-    assert device_plan(max_num_seqs=2, max_model_len=160).num_blocks == 2 * 10 + 1
+    few = {"max_num_seqs": 2, "max_model_len": 160}
+    assert device_plan(**few, enable_prefix_caching=False).num_blocks == 2 * 10 + 1
+    # A prefix cache has a use for all that is left.
+    assert device_plan(**few).num_blocks > 10_000
 
 
 CRAMPED = dataclasses.replace(
