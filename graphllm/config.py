@@ -87,6 +87,13 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def parse_path(text: str) -> tuple[str, ...]:
+    """A path to a tuple of one. Raises ConfigError for an empty one."""
+    if not text:
+        raise ConfigError("An empty path.")
+    return (text,)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The model, where it runs, and how much of it at once."""
@@ -132,6 +139,41 @@ class EngineConfig:
         parse=parse_bytes,
         metavar="BYTES",
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Number format of the KV cache; auto is the model's. fp8 (fp8_e4m3), fp8_e5m2 and int8 take a little "
+        "more than half of bfloat16's memory, with a scale for each token and head; int8 is the most exact. "
+        "On a card, 16 and 32 bits only as the model has them.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"),
+    )
+    enable_prefix_caching: bool = option(
+        True,
+        "Keep the KV of prompts and answers, so that the next request that begins alike need not compute it.",
+    )
+    swap_space: float | None = option(
+        None,
+        "GiB of host memory that preempted sequences are moved to, instead of being computed again; by "
+        "default 4 on CUDA, and 0 on a CPU, whose KV cache is host memory already.",
+        metavar="GIB",
+    )
+    kv_offloading_size: float = option(
+        0.0,
+        "GiB of host memory for cached prefixes that no longer fit in the KV cache; 0 drops them.",
+        metavar="GIB",
+    )
+    pin_prefix: tuple[str, ...] | None = option(
+        None,
+        "Files whose text is computed at start and never leaves the KV cache: a system prompt each, or, in a "
+        ".json file, a list of chat messages.",
+        parse=parse_path,
+        metavar="FILE",
+    )
+    max_pinned_share: float = option(
+        0.25, "Largest share of the KV cache that pinned prefixes may take, from 0 to below 1."
+    )
+    debug_kv: bool = option(
+        False, "Check every invariant of KV blocks after each step: slow, and a violation ends the engine."
+    )
     cudagraph_capture_sizes: tuple[int, ...] | None = option(
         None,
         "Numbers of sequences that get a decode graph each on CUDA, for example 1,2,4,8; by default 1, 2, 4 "
@@ -160,6 +202,19 @@ class EngineConfig:
             raise ConfigError(
                 "--gpu-memory-utilization must be above 0 and at most 1, "
                 f"not {self.gpu_memory_utilization:g}."
+            )
+        for name in ("swap_space", "kv_offloading_size"):
+            gib = getattr(self, name)
+            if gib is not None and not 0 <= gib < math.inf:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} must be a number of GiB, 0 or more, not {gib:g}.")
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise ConfigError("--kv-offloading-size keeps cached prefixes: it needs --enable-prefix-caching.")
+        if self.pin_prefix and not self.enable_prefix_caching:
+            raise ConfigError("--pin-prefix keeps cached prefixes: it needs --enable-prefix-caching.")
+        if not 0 <= self.max_pinned_share < 1:
+            raise ConfigError(
+                f"--max-pinned-share must be at least 0 and below 1, not {self.max_pinned_share:g}."
             )
         self._check_capture_sizes()
 
@@ -192,7 +247,7 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     served_model_name: str | None = option(None, "The model's id in the API; by default the --model value.")
-    api_key: str | None = option(None, "Require this bearer token on /v1 routes.")
+    api_key: str | None = option(None, "Require this bearer token on /v1 and /admin routes.")
     max_body_bytes: int = option(32 * 1024**2, "Largest request body.", parse=parse_bytes, metavar="BYTES")
     drain_timeout: float = option(30.0, "Seconds that running requests may take to end after Ctrl-C.")
     log_level: str = option("info", "How much is logged.", choices=("debug", "info", "warning", "error"))

@@ -33,6 +33,7 @@ class SequenceDelta:
     `text` may be empty while characters are incomplete or a stop string may be beginning.
     `token_ids` are those sampled since the last delta, the stop token included.
     `stop_reason` is the stop string or stop token id that matched; None for the end-of-text token.
+    `num_cached_tokens` of the request's prompt were in the prefix cache and not computed.
     """
 
     index: int
@@ -41,6 +42,7 @@ class SequenceDelta:
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ class Submitted:
     prompt_token_ids: list[int]
     params: SamplingParams
     sink: Sink
+    cache_salt: str | None = None
 
 
 @dataclass(slots=True)
@@ -38,11 +39,17 @@ class FakeEngine:
         """It always is."""
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: Sink
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        *,
+        params: SamplingParams,
+        sink: Sink,
+        cache_salt: str | None = None,
     ) -> None:
         if self.refusal is not None and len(self.submitted) == self.refuse_at:
             raise self.refusal
-        self.submitted.append(Submitted(request_id, prompt_token_ids, params, sink))
+        self.submitted.append(Submitted(request_id, prompt_token_ids, params, sink, cache_salt))
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

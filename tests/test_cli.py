@@ -28,16 +28,21 @@ OTHER_VALUES = {
     "gpu_memory_utilization": ("0.5", 0.5),
     "host": ("0.0.0.0", "0.0.0.0"),
     "kv_cache_memory_bytes": ("1.5GiB", 3 * 2**29),
+    "kv_cache_dtype": ("int8", "int8"),
+    "kv_offloading_size": ("1.5", 1.5),
     "load_format": ("dummy", "dummy"),
     "log_level": ("debug", "debug"),
     "max_body_bytes": ("10MB", 10_000_000),
     "max_model_len": ("512", 512),
     "max_num_batched_tokens": ("128", 128),
     "max_num_seqs": ("8", 8),
+    "max_pinned_share": ("0.5", 0.5),
     "model": ("some/folder", "some/folder"),
+    "pin_prefix": ("prompt.txt", ("prompt.txt",)),
     "port": ("0", 0),
     "seed": ("-7", -7),
     "served_model_name": ("org/name", "org/name"),
+    "swap_space": ("2", 2.0),
 }
 
 

@@ -6,7 +6,15 @@ import dataclasses
 
 import pytest
 
-from graphllm.config import EngineConfig, PlanConfig, ServerConfig, parse_bytes, parse_card, parse_sizes
+from graphllm.config import (
+    EngineConfig,
+    PlanConfig,
+    ServerConfig,
+    parse_bytes,
+    parse_card,
+    parse_path,
+    parse_sizes,
+)
 from graphllm.errors import ConfigError
 
 
@@ -141,3 +149,32 @@ def test_a_plan_is_of_a_card() -> None:
         PlanConfig()
     with pytest.raises(ConfigError, match="'abacus' is neither a card"):
         PlanConfig(gpu="abacus")
+
+
+@pytest.mark.parametrize("name", ["swap_space", "kv_offloading_size"])
+@pytest.mark.parametrize("gib", [-1.0, float("nan"), float("inf")])
+def test_host_memory_is_a_number_of_gib(name: str, gib: float) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be a number of GiB"):
+        EngineConfig(**{name: gib})
+    assert getattr(EngineConfig(**{name: 0.5}), name) == 0.5
+
+
+@pytest.mark.parametrize("wish", [{"kv_offloading_size": 1.0}, {"pin_prefix": ("a",)}])
+def test_what_needs_the_prefix_cache_is_refused_without_it(wish: dict[str, object]) -> None:
+    (name,) = wish
+    assert EngineConfig(**wish).enable_prefix_caching
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* needs --enable-prefix-caching"):
+        EngineConfig(enable_prefix_caching=False, **wish)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_pinned_prefixes_may_not_take_everything(share: float) -> None:
+    assert EngineConfig(max_pinned_share=0.0).max_pinned_share == 0.0
+    with pytest.raises(ConfigError, match=f"at least 0 and below 1, not {share:g}"):
+        EngineConfig(max_pinned_share=share)
+
+
+def test_an_empty_path_is_refused() -> None:
+    assert parse_path("a b.txt") == ("a b.txt",)
+    with pytest.raises(ConfigError, match="empty path"):
+        parse_path("")

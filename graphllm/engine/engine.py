@@ -12,19 +12,23 @@ import random
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 
 from graphllm.config import EngineConfig
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.loading import load
 from graphllm.engine.metrics import EngineMetrics
+from graphllm.engine.pinned_prefixes import PinnedPrefix, PinnedPrefixes, read_prefix_file
 from graphllm.engine.progress import progress_bar
 from graphllm.engine.sink import Sink
 from graphllm.engine.step_loop import StepLoop
 from graphllm.errors import (
+    ConfigError,
     ContextLengthError,
     EngineUnavailableError,
     GraphLLMError,
     InvalidRequestError,
+    NotFoundError,
 )
 from graphllm.outputs import SequenceDelta
 from graphllm.runner.compilation import CompilationWatch
@@ -52,7 +56,8 @@ class Engine:
 
     `on_failure` is called once when a loaded engine can no longer serve. With `manage_gc` the
     process's garbage collector is frozen after warm-up and run between steps: right for a server,
-    rude in somebody else's process.
+    rude in somebody else's process. Requests that bring no cache salt have `default_cache_salt`; only
+    requests of one salt share what is in the prefix cache.
     """
 
     def __init__(
@@ -63,17 +68,19 @@ class Engine:
         self.state = EngineState.LOADING
         self.failure: str | None = None
         self.on_failure: Callable[[], None] | None = None
+        self.default_cache_salt: str | None = None
         self._device = device or open_device(config.device, cpu_threads=config.cpu_threads)
         self._garbage = GarbageKeeper(enabled=manage_gc)
         self._random = random.Random(config.seed)
         self._compilations = CompilationWatch(self._compiled)
         self._step_loop: StepLoop | None = None
+        self._prefixes: PinnedPrefixes | None = None
         self._task: asyncio.Task[None] | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
     async def start(self, *, show_progress: bool = False) -> None:
-        """Load the model, start the step loop, run one request through it; READY on return.
+        """Load the model, start the step loop, run one request through it, pin prefixes; READY on return.
 
         Raises StartupError (bad flags, bad checkpoint) with the engine FAILED.
         """
@@ -90,12 +97,15 @@ class Engine:
             metrics=self.metrics,
             garbage=self._garbage,
             look_ahead=self.config.look_ahead,
+            debug_kv=self.config.debug_kv,
             on_failed=self._loop_failed,
         )
         if self.config.eager_capture and model.runner.graphs.is_enabled:
             await _capture_all(model.runner.graphs, show_progress=show_progress)
         self._task = asyncio.get_running_loop().create_task(self._step_loop.run(), name="step-loop")
         await self._warm_up(self._step_loop)
+        self._prefixes = PinnedPrefixes(model.scheduler, self._add)
+        await self._pin_files(self._prefixes)
         self._compilations.start()
         self._garbage.freeze()
         self.state = EngineState.READY
@@ -117,6 +127,7 @@ class Engine:
             self._step_loop.fail_all(EngineUnavailableError("The server is shutting down."))
             self._step_loop.stop()
             await self._task
+            self._step_loop.model.runner.graphs.close()
         if self.state is not EngineState.FAILED:
             self.state = EngineState.STOPPED
         self._compilations.stop()
@@ -156,14 +167,20 @@ class Engine:
     # -- requests ---------------------------------------------------------------------------------
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: Sink
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        *,
+        params: SamplingParams,
+        sink: Sink,
+        cache_salt: str | None = None,
     ) -> None:
         """Admit a request; its tokens go to `sink`.
 
         Raises InvalidRequestError (token ids, lengths), EngineUnavailableError.
         """
         self.check_ready()
-        self._add(request_id, prompt_token_ids, params=params, sink=sink)
+        self._add(request_id, prompt_token_ids, params, sink, cache_salt)
         self.metrics.requests.inc()
         self.metrics.prompt_tokens.inc(len(prompt_token_ids))
 
@@ -172,8 +189,34 @@ class Engine:
         if self._step_loop is not None:
             self._step_loop.abort(request_id)
 
+    async def pin_prefix(self, token_ids: list[int], *, cache_salt: str | None = None) -> PinnedPrefix:
+        """Compute a prefix, in turn with the requests, and keep it in the KV cache until it is unpinned.
+
+        Raises InvalidRequestError for one that cannot be kept, EngineUnavailableError.
+        """
+        self.check_ready()
+        assert self._prefixes is not None, "a ready engine can pin"
+        return await self._prefixes.pin(token_ids, cache_salt or self.default_cache_salt)
+
+    def unpin_prefix(self, prefix_id: str) -> None:
+        """Raises NotFoundError for an id that is not pinned."""
+        try:
+            assert self._prefixes is not None
+            self._prefixes.unpin(prefix_id)
+        except KeyError:
+            raise NotFoundError(f"No prefix {prefix_id[:60]!r} is pinned.") from None
+
+    @property
+    def pinned_prefixes(self) -> list[PinnedPrefix]:
+        return [] if self._prefixes is None else self._prefixes.pinned
+
     def _add(
-        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: Sink
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        cache_salt: str | None,
     ) -> None:
         group = SequenceGroup(
             request_id,
@@ -182,6 +225,7 @@ class Engine:
             seed=self._random.getrandbits(63) if params.seed is None else params.seed,
             max_total_tokens=self._check_lengths(prompt_token_ids, params),
             arrival_time=time.perf_counter(),
+            cache_salt=cache_salt or self.default_cache_salt,
         )
         self._loaded.add(group, sink)
 
@@ -219,8 +263,19 @@ class Engine:
         length = max(1, min(32, self.max_model_len - 4))
         params = SamplingParams(max_tokens=min(3, self.max_model_len - length), ignore_eos=True, seed=0)
         prompt = [index % step_loop.model.vocab_size for index in range(length)]
-        self._add("warm-up", prompt, params=params, sink=waiter)
+        # A salt of its own: no user's request is to begin with it.
+        self._add("warm-up", prompt, params, waiter, "warm-up")
         await waiter.ended
+
+    async def _pin_files(self, prefixes: PinnedPrefixes) -> None:
+        """Pin what `--pin-prefix` names. Raises ConfigError, naming the file."""
+        for path in self.config.pin_prefix or ():
+            token_ids = await self._device.run(partial(read_prefix_file, path, self.tokenizer))
+            try:
+                pinned = await prefixes.pin(token_ids, self.default_cache_salt)
+            except InvalidRequestError as error:
+                raise ConfigError(f"--pin-prefix {path}: {error.message}") from error
+            logger.info("pinned %s: %d tokens", path, pinned.num_tokens)
 
     def _compiled(self, kernel: str, seconds: float) -> None:
         """A kernel was compiled while serving: every stream waited for it."""

@@ -6,14 +6,21 @@ Runs on the device's worker, because reading weights and building a tokenizer ta
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from graphllm.arena import Arena
 from graphllm.cache.block_manager import BlockManager
-from graphllm.cache.kv_cache import KVCache, KVCacheShape
+from graphllm.cache.host_tier import HostTier
+from graphllm.cache.kv_cache import KVCache, KVCacheShape, resolve_kv_dtype
+from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
+from graphllm.engine.measured_rates import MeasuredRates
 from graphllm.engine.progress import progress_bar
-from graphllm.errors import CheckpointError
+from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model_path
 from graphllm.models.config import resolve_dtype
 from graphllm.models.registry import find_family, read_model_config
@@ -23,11 +30,14 @@ from graphllm.runner.compilation import AheadCompilation
 from graphllm.runner.device import Device
 from graphllm.runner.memory_plan import (
     DeviceMemory,
+    HostPlan,
     MemoryPlan,
     free_host_bytes,
     plan_device_memory,
+    plan_host,
     plan_limits,
     plan_memory,
+    plan_pinned_blocks,
 )
 from graphllm.runner.model_runner import ModelRunner
 from graphllm.runner.sampler import MAX_EOS_TOKEN_IDS
@@ -46,6 +56,8 @@ class LoadedModel:
     plan: MemoryPlan
     scheduler: Scheduler
     runner: ModelRunner
+    swapper: BlockSwapper
+    rates: MeasuredRates
     vocab_size: int
 
 
@@ -59,69 +71,135 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
     )
-    arena = Arena(torch_device)
-    backend = choose_backend(config, limits, device, arena=arena)
-    free_at_start = 0 if device.graphs is None else device.graphs.free_bytes()
-    ahead = AheadCompilation(config) if torch_device.type == "cuda" else None
-    with progress_bar("Loading weights", "tensor", show=show_progress) as advance:
-        model = load_model(checkpoint, backend=backend, device=torch_device, dtype=dtype, progress=advance)
-    if ahead is not None:
-        ahead.wait()
     kv_shape = KVCacheShape(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
-        dtype=dtype,
+        dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=device_capability(torch_device)),
     )
-    if device.graphs is None:
-        parts = assemble_step(config, limits, device, model=model, arena=arena)
-        plan = plan_memory(
-            config,
-            kv_shape,
-            model_context=model_config.max_position_embeddings,
-            free_bytes=free_host_bytes(),
-        )
-        graph_bytes = 0
-    else:
-        device.graphs.trim()
-        free_after_weights = device.graphs.free_bytes()
-        parts = assemble_step(config, limits, device, model=model, arena=arena)
-        measured = measure_largest_step(parts, kv_shape, graphs_enabled=not config.enforce_eager)
-        graph_bytes = measured.graph_bytes
-        memory = DeviceMemory(
-            total_bytes=device.graphs.total_bytes,
-            free_bytes_at_start=free_at_start,
-            free_bytes_after_weights=free_after_weights,
-            arena_bytes=arena.num_bytes,
-            table_bytes=max(0, free_after_weights - measured.free_bytes - arena.num_bytes),
-            graph_bytes=graph_bytes,
-        )
-        plan = plan_device_memory(config, kv_shape, limits=limits, memory=memory)
-    kv_cache = KVCache(kv_shape, plan.num_blocks, device=torch_device)
+    arena = Arena(torch_device)
+    backend = choose_backend(config, limits, device, arena=arena)
+    free_at_start = 0 if device.graphs is None else device.graphs.free_bytes()
+    with ExitStack() as stack:
+        ahead = stack.enter_context(AheadCompilation(config)) if torch_device.type == "cuda" else None
+        advance = stack.enter_context(progress_bar("Loading weights", "tensor", show=show_progress))
+        with memory_errors_explained("the weights"):
+            model = load_model(
+                checkpoint, backend=backend, device=torch_device, dtype=dtype, progress=advance
+            )
+        if ahead is not None:
+            ahead.wait()
+    with memory_errors_explained("intermediates, tables and the KV cache"):
+        if device.graphs is None:
+            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            plan = plan_memory(
+                config,
+                kv_shape,
+                model_context=model_config.max_position_embeddings,
+                free_bytes=free_host_bytes(),
+            )
+            graph_bytes = 0
+        else:
+            device.graphs.trim()
+            free_after_weights = device.graphs.free_bytes()
+            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            measured = measure_largest_step(parts, kv_shape, graphs_enabled=not config.enforce_eager)
+            graph_bytes = measured.graph_bytes
+            memory = DeviceMemory(
+                total_bytes=device.graphs.total_bytes,
+                free_bytes_at_start=free_at_start,
+                free_bytes_after_weights=free_after_weights,
+                arena_bytes=arena.num_bytes,
+                table_bytes=max(0, free_after_weights - measured.free_bytes - arena.num_bytes),
+                graph_bytes=graph_bytes,
+            )
+            plan = plan_device_memory(config, kv_shape, limits=limits, memory=memory)
+        kv_cache = KVCache(kv_shape, plan.num_blocks, device=torch_device)
     eos_token_ids = _end_token_ids(tokenizer, model_config.vocab_size)
     program = parts.program(kv_cache)
     graphs = parts.graphs(program, enabled=not config.enforce_eager, max_bytes=graph_bytes)
     runner = parts.runner(program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids)
-    scheduler = Scheduler(
-        SchedulerLimits(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-        ),
-        BlockManager(plan.num_blocks, plan.block_size),
-        slots=SlotAllocator(plan.num_slots),
-        eos_token_ids=eos_token_ids,
+    host = plan_host(
+        config,
+        kv_shape,
+        device_type=torch_device.type,
+        free_bytes=free_host_bytes() - (plan.kv_cache_bytes if device.graphs is None else 0),
     )
+    rates = MeasuredRates(kv_shape.bytes_per_block)
     logger.info(
-        "%s: %s, context %d, %d KV blocks of %d tokens (%.2f GiB)",
+        "%s: %s, context %d, %d KV blocks of %d tokens (%s, %.2f GiB), %d more on the host",
         config.model,
         str(dtype).removeprefix("torch."),
         plan.max_model_len,
         plan.num_blocks - 1,
         plan.block_size,
+        str(kv_shape.dtype).removeprefix("torch."),
         plan.kv_cache_bytes / 1024**3,
+        host.num_blocks,
     )
-    return LoadedModel(tokenizer, plan, scheduler, runner, model_config.vocab_size)
+    return LoadedModel(
+        tokenizer=tokenizer,
+        plan=plan,
+        scheduler=_build_scheduler(
+            config, plan, host=host, rates=rates, kv_dtype=kv_shape.dtype, eos_token_ids=eos_token_ids
+        ),
+        runner=runner,
+        swapper=_build_swapper(kv_cache, host, device=device),
+        rates=rates,
+        vocab_size=model_config.vocab_size,
+    )
+
+
+def _build_scheduler(
+    config: EngineConfig,
+    plan: MemoryPlan,
+    *,
+    host: HostPlan,
+    rates: MeasuredRates,
+    kv_dtype: torch.dtype,
+    eos_token_ids: frozenset[int],
+) -> Scheduler:
+    return Scheduler(
+        SchedulerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_pinned_blocks=plan_pinned_blocks(config, plan),
+        ),
+        BlockManager(plan.num_blocks, plan.block_size),
+        slots=SlotAllocator(plan.num_slots),
+        eos_token_ids=eos_token_ids,
+        host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),
+        # One process has one model in one format; what else changes KV goes here.
+        kv_fingerprint=str(kv_dtype).encode(),
+        predictor=rates,
+    )
+
+
+def _build_swapper(kv_cache: KVCache, host: HostPlan, *, device: Device) -> BlockSwapper:
+    swapper = BlockSwapper(kv_cache, host.num_blocks, device=device)
+    if device.torch_device.type == "cuda":
+        swapper.compile_copies()
+    return swapper
+
+
+@contextmanager
+def memory_errors_explained(what: str) -> Iterator[None]:
+    """Turns a card's own word that its memory is full into one that says what to do. Raises ConfigError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The card's memory does not hold {what}: {str(error).splitlines()[0]} Take a smaller model, end "
+            "other processes on the card, or lower --max-num-batched-tokens and --max-num-seqs; "
+            "`graphllm plan` says what fits."
+        ) from error
+
+
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a card; None on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _end_token_ids(tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:

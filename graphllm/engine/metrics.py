@@ -47,6 +47,9 @@ class EngineMetrics:
             "graphs_wanted", "CUDA graphs that traffic asked for, still to be captured."
         )
         self.graph_bytes = gauge("graph_bytes", "Device memory that captured graphs take.")
+        self.capture_allocations = gauge(
+            "capture_allocations", "Times that device memory was allocated inside a capture: should be 0."
+        )
         self.kernel_compilations = counter(
             "kernel_compilations_on_loop", "Kernels compiled or loaded on the event loop while serving."
         )

@@ -165,7 +165,15 @@ class Publisher:
             self._metrics.sequences_finished.labels(reason.value).inc()
         logprobs = None if entry.logprob is None else (entry.logprob,)
         entry.request.sink.write(
-            SequenceDelta(sequence.index, text, (entry.token_id,), logprobs, reason, stop_reason)
+            SequenceDelta(
+                sequence.index,
+                text,
+                (entry.token_id,),
+                logprobs,
+                reason,
+                stop_reason,
+                entry.request.group.sequences[0].num_cached_tokens,
+            )
         )
         return True
 

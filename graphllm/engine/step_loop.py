@@ -4,7 +4,8 @@ Owns the order of these and the requests that have not ended, and what happens w
 
 Two steps are known at a time: one running and one to follow. When step N ends its tokens are
 applied and published, and shortly before the predicted end of N+1 the step N+2 is scheduled and
-launched, so that the device never waits and an arrival waits for as little as possible.
+launched, so that the device never waits and an arrival waits for as little as possible. Copies of KV blocks
+to and from host memory run beside the steps; no step waits for one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Callable
 
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.loading import LoadedModel
+from graphllm.engine.memory_metrics import MemoryCollector
 from graphllm.engine.metrics import EngineMetrics
 from graphllm.engine.publisher import Publisher, Request
 from graphllm.engine.sink import Sink
 from graphllm.engine.step_timer import StepTimer
+from graphllm.engine.transfers import Transfers
 from graphllm.errors import GraphLLMError, StepFailedError
 from graphllm.outputs import FinishReason
 from graphllm.runner.device import Device
@@ -31,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_CONSECUTIVE_FAILURES = 3
 _SHORT_STEP = 0.004  # seconds; below this, waiting to schedule costs more than it gives
+_TRANSFER_POLLING = 0.001  # seconds between two looks at copies whose device tells nobody of their end
+_STEPS_BETWEEN_FULL_CHECKS = 256
 _POLLING_MARGIN = 0.0015  # seconds before a step's end; timers have whole milliseconds
 _NEVER = float("inf")
 
@@ -46,6 +51,7 @@ class StepLoop:
         metrics: EngineMetrics,
         garbage: GarbageKeeper,
         look_ahead: bool,
+        debug_kv: bool = False,
         on_failed: Callable[[str], None],
     ) -> None:
         self.model = model
@@ -54,7 +60,10 @@ class StepLoop:
         self._garbage = garbage
         self._depth = 2 if look_ahead else 1
         self._on_failed = on_failed
+        self._debug_kv = debug_kv
+        self._num_checks = 0
         self._scheduler = model.scheduler
+        self._transfers = Transfers(model.scheduler, model.swapper, rates=model.rates)
         self._graphs = model.runner.graphs
         self._publisher = Publisher(
             model.scheduler, metrics, on_end=self._request_ended, on_broken=self._request_broken
@@ -70,6 +79,7 @@ class StepLoop:
         self._num_preemptions_seen = 0
         self._num_misses_seen = 0
         self._stopping = False
+        metrics.include(MemoryCollector(model.scheduler, model.swapper))
         metrics.blocks_total.set(model.scheduler.block_manager.num_usable_blocks)
 
     @property
@@ -116,7 +126,8 @@ class StepLoop:
         """Launching outranks applying, and each turn publishes at most a slice."""
         self._device.watch(asyncio.get_running_loop(), self._wake)
         try:
-            while self._in_flight or not self._stopping:
+            while self._in_flight or self._transfers.has_pending or not self._stopping:
+                self._poll_transfers()
                 if self._launch_is_due():
                     self._launch()
                 if self._in_flight and self._in_flight[0].ready():
@@ -132,7 +143,7 @@ class StepLoop:
                 elif self._graphs.has_captures_due and not self._stopping:
                     self._capture_slice()
                     await asyncio.sleep(0)
-                elif self._in_flight or not self._stopping:
+                elif self._in_flight or self._transfers.has_pending or not self._stopping:
                     await self._sleep()
         except Exception as error:
             logger.exception("the step loop failed")
@@ -155,10 +166,13 @@ class StepLoop:
         """Schedule and launch one step, if any sequence can run."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
+        self._transfers.launch_due()
         if batch is None:
-            self._launch_at = _NEVER  # until a step completes or a request arrives
+            self._launch_at = _NEVER  # until a step or a copy completes or a request arrives
             return
         handle = self.model.runner.launch(batch)
+        if self._debug_kv:
+            self._check_memory()
         now = time.perf_counter()
         self._timer.observe_host(now - started)
         self._metrics.host_seconds.inc(now - started)
@@ -183,6 +197,22 @@ class StepLoop:
         else:
             self._launch_at = started_at + predicted - self._timer.lead(predicted)
 
+    def _poll_transfers(self) -> bool:
+        """Whether copies have ended: blocks are free, or a sequence's KV is back, and someone may run."""
+        if not self._transfers.poll():
+            return False
+        if self._launch_at == _NEVER:
+            self._launch_at = 0.0
+        if self._debug_kv:
+            self._check_memory()
+        self._update_gauges()
+        return True
+
+    def _check_memory(self) -> None:
+        """Raises AssertionError, which ends the loop."""
+        self._num_checks += 1
+        self._scheduler.check(full=self._num_checks % _STEPS_BETWEEN_FULL_CHECKS == 0)
+
     def _apply(self, handle: StepHandle) -> None:
         """Confirm a completed step's tokens, or fail its requests and no others."""
         started = time.perf_counter()
@@ -197,10 +227,13 @@ class StepLoop:
             self._step_failed(handle, error)
             return
         applied = self._scheduler.apply(handle.batch, result)
+        if self._debug_kv:
+            self._check_memory()
         if any(not row.sequence.is_finished for row in handle.batch.rows) or applied:
             self._num_consecutive_failures = 0
         seconds = handle.times.end - handle.times.start
         self._timer.observe_step(handle.batch, seconds)
+        self.model.rates.observe_step(handle.batch, seconds)
         self._metrics.steps.inc()
         self._metrics.step_seconds.observe(seconds)
         self._metrics.generated_tokens.inc(len(applied))
@@ -218,6 +251,7 @@ class StepLoop:
         """Fail the step's requests. Their rows in the step already launched become no-ops."""
         logger.error("step %d failed", handle.batch.step_id, exc_info=error)
         self._metrics.failed_steps.inc()
+        self._scheduler.step_failed(handle.batch)
         request_ids = {row.sequence.group.request_id for row in handle.batch.rows}
         request_ids &= self._requests.keys()
         if not request_ids:  # launched before the failure of the step ahead of it was known
@@ -270,6 +304,8 @@ class StepLoop:
         A device that tells nobody of its progress is asked again and again, but only near the time at which
         the running step should end: before that there is nothing to see.
         """
+        if self._poll_transfers():  # of a device that was done with them at once
+            return
         loop = asyncio.get_running_loop()
         deadline = _NEVER
         if not self._in_flight:
@@ -282,6 +318,8 @@ class StepLoop:
                 if time.perf_counter() >= deadline:
                     await asyncio.sleep(0)
                     return
+        if self._device.must_poll and self._transfers.has_pending:
+            deadline = min(deadline, time.perf_counter() + _TRANSFER_POLLING)
         self._sleeper = loop.create_future()
         timer = None
         if deadline != _NEVER:
@@ -314,3 +352,4 @@ class StepLoop:
         metrics.graphs_captured.set(graphs.num_captured)
         metrics.graphs_wanted.set(graphs.num_wanted)
         metrics.graph_bytes.set(graphs.num_bytes)
+        metrics.capture_allocations.set(graphs.num_capture_allocations)

@@ -12,6 +12,7 @@ own code.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import signal
@@ -30,6 +31,7 @@ from graphllm.server.http import HttpLimits, HttpServer, Request, Response
 from graphllm.server.openai.chat_completions import ChatCompletions
 from graphllm.server.openai.completions import Completions
 from graphllm.server.openai.models import ModelRoutes
+from graphllm.server.openai.pinned_prefixes import PrefixRoutes
 from graphllm.server.openai.served_model import ServedModel
 from graphllm.server.router import Router
 
@@ -42,6 +44,7 @@ EXIT_CUT = 130
 FAILURE_LINGER_SECONDS = 2.0
 # How long last answers may take to reach their clients after the engine has stopped.
 FLUSH_SECONDS = 2.0
+_KEY_ROUTES = ("/v1/", "/admin/")
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -67,6 +70,10 @@ class Application:
         router.add("GET", "/version", health.version)
         router.add("GET", "/v1/models", models.list)
         router.add("GET", "/v1/models/{name:path}", models.retrieve)
+        prefixes = PrefixRoutes(engine)
+        router.add("GET", "/admin/prefixes", prefixes.list_pinned)
+        router.add("POST", "/admin/prefixes", prefixes.pin)
+        router.add("DELETE", "/admin/prefixes/{id:path}", prefixes.unpin)
         router.add("POST", "/v1/chat/completions", ChatCompletions(self.served).create)
         router.add("POST", "/v1/completions", Completions(self.served).create)
 
@@ -79,7 +86,7 @@ class Application:
             send_error(response, error)
 
     def _authorize(self, request: Request) -> None:
-        if self._api_key is None or not request.path.startswith("/v1/"):
+        if self._api_key is None or not request.path.startswith(_KEY_ROUTES):
             return
         scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
         is_bearer = scheme.lower() == "bearer"
@@ -105,6 +112,9 @@ class ServingProcess:
             loop.add_signal_handler(number, self._note_signal)
         self.engine = engine = Engine(self._engine_config, manage_gc=True)
         engine.on_failure = self._failed.set
+        if self._config.api_key is not None:
+            # Requests under another key, should there be several one day, share no prefixes.
+            engine.default_cache_salt = hashlib.sha256(self._config.api_key.encode()).hexdigest()
         name = self._config.served_model_name or self._engine_config.model
         self.application = Application(engine, model_name=name, api_key=self._config.api_key)
         self.http_server = HttpServer(

@@ -77,7 +77,6 @@ ALLOWED = {
     # Before there are steps: the loader's thread, and a stream's first product, once, before its first
     # capture.
     ("graphllm/runner/cuda_device.py", "CudaDevice.run.load"): {"synchronize"},
-    ("graphllm/runner/cuda_device.py", "CudaDevice._prime_capture_stream"): {"synchronize"},
     # A factor that is a number of the model's, rounded on the CPU and kept.
     ("graphllm/kernels/embedding.py", "_rounded"): {"item", "tensor"},
     # Counters and parameters of the host's own.

@@ -27,6 +27,7 @@ class Collector:
         self.finish_reasons: list[FinishReason | None] = [None] * n
         self.stop_reasons: list[str | int | None] = [None] * n
         self.error: GraphLLMError | None = None
+        self.num_cached_tokens = 0
         self.num_writes_since_flush = 0
         self.ended = asyncio.Event()
         self.on_write: Callable[[SequenceDelta], None] = lambda delta: None
@@ -37,6 +38,7 @@ class Collector:
         assert not self.ended.is_set(), "a call after the end"
         assert self.finish_reasons[delta.index] is None, "a delta after a sequence's end"
         self.num_writes_since_flush += 1
+        self.num_cached_tokens = delta.num_cached_tokens
         self.token_ids[delta.index].extend(delta.token_ids)
         self.texts[delta.index] += delta.text
         self.logprobs[delta.index].extend(delta.logprobs or ())

@@ -28,7 +28,7 @@ from graphllm.server.openai.protocol import (
     ToolCall,
 )
 
-RequestType = TypeVar("RequestType", bound=SamplingFields)
+RequestType = TypeVar("RequestType", bound=msgspec.Struct)
 
 _MAX_SHOWN = 64
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -70,7 +70,8 @@ class BodyDecoder(Generic[RequestType]):
             request = self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             request = self._decode_in_two_passes(body, error)
-        _check_stream_options(request)
+        if isinstance(request, SamplingFields):
+            _check_stream_options(request)
         return request
 
     def _decode_in_two_passes(self, body: bytes, first_error: Exception) -> RequestType:

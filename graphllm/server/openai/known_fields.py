@@ -22,7 +22,6 @@ _COMMON: Final[dict[str, tuple[Any, ...]]] = {
     "add_special_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "cache_salt": (),
     "detokenize": (True,),
     "early_stopping": (False,),
     "guided_choice": (),

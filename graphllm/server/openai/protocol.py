@@ -86,6 +86,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = None
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -95,6 +96,15 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def checked_cache_salt(self) -> str | None:
+        """The salt of the prompt's KV, which only requests of the same salt share.
+
+        Raises InvalidRequestError for an empty one, which would look like protection and be none.
+        """
+        if self.cache_salt == "":
+            raise InvalidRequestError("'cache_salt' must not be empty.", param="cache_salt")
+        return self.cache_salt
 
     def in_client_terms(self, error: InvalidRequestError) -> InvalidRequestError:
         """The error with the engine's name of a field replaced by what the client wrote."""

@@ -19,14 +19,20 @@ from graphllm.sampling_params import SamplingParams
 from graphllm.server import sse
 from graphllm.server.error_responses import send_error
 from graphllm.server.http import Request, Response
-from graphllm.server.openai.wire import Choice, Wire
+from graphllm.server.openai.wire import Choice, Usage, Wire
 
 
 class RequestEngine(Protocol):
     """What a reply needs of the engine."""
 
     def add(
-        self, request_id: str, prompt_token_ids: list[int], *, params: SamplingParams, sink: PromptSink
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        *,
+        params: SamplingParams,
+        sink: PromptSink,
+        cache_salt: str | None,
     ) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -35,13 +41,15 @@ class RequestEngine(Protocol):
 class PromptSink:
     """The engine's view of a reply: one prompt's sequences, renumbered among all choices."""
 
-    __slots__ = ("_first_choice", "_reply")
+    __slots__ = ("_first_choice", "_reply", "num_cached_tokens")
 
     def __init__(self, reply: Reply, first_choice: int) -> None:
         self._reply = reply
         self._first_choice = first_choice
+        self.num_cached_tokens = 0
 
     def write(self, delta: SequenceDelta) -> None:
+        self.num_cached_tokens = delta.num_cached_tokens
         self._reply.write(self._first_choice + delta.index, delta)
 
     def flush(self) -> None:
@@ -63,6 +71,7 @@ class Reply(ABC):
         self._request = request
         self._response = response
         self._request_ids: list[str] = []
+        self._sinks: list[PromptSink] = []
         self._num_unfinished_prompts = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -70,7 +79,9 @@ class Reply(ABC):
         # openai-python shows it as `_request_id`.
         self._headers = (("x-request-id", wire.reply_id),)
 
-    def submit(self, prompts: list[list[int]], params: SamplingParams) -> None:
+    def submit(
+        self, prompts: list[list[int]], params: SamplingParams, *, cache_salt: str | None = None
+    ) -> None:
         """Hand every prompt to the engine, or none: raises what `Engine.add` raises."""
         if self._request.disconnected:
             return
@@ -79,14 +90,23 @@ class Reply(ABC):
         self._prompt_tokens = sum(map(len, prompts))
         for position, prompt_token_ids in enumerate(prompts):
             request_id = self._wire.reply_id if len(prompts) == 1 else f"{self._wire.reply_id}-{position}"
+            sink = PromptSink(self, position * params.n)
+            self._sinks.append(sink)
             try:
                 self._engine.add(
-                    request_id, prompt_token_ids, params=params, sink=PromptSink(self, position * params.n)
+                    request_id, prompt_token_ids, params=params, sink=sink, cache_salt=cache_salt
                 )
             except GraphLLMError:
                 self.abandon()
                 raise
             self._request_ids.append(request_id)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=sum(sink.num_cached_tokens for sink in self._sinks),
+        )
 
     def abandon(self) -> None:
         """Nobody waits for the answer any more: stop generating it."""
@@ -187,7 +207,7 @@ class StreamedReply(Reply):
 
     def _complete(self) -> None:
         if self._include_usage:
-            self._frames.append(self._wire.usage(self._prompt_tokens, self._completion_tokens))
+            self._frames.append(self._wire.usage(self.usage()))
         self._frames.append(sse.DONE)
         self._start()
         self._response.end_stream(b"".join(self._frames))
@@ -237,9 +257,7 @@ class WholeReply(Reply):
         """Nothing leaves before the end."""
 
     def _complete(self) -> None:
-        body = self._wire.whole(
-            self._choices, prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens
-        )
+        body = self._wire.whole(self._choices, self.usage())
         self._response.send(200, body, headers=self._headers)
 
     def _send_failure(self, error: GraphLLMError) -> None:

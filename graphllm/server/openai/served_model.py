@@ -39,7 +39,7 @@ class ServedModel:
     def decode(self, request: Request, decoder: BodyDecoder[RequestType]) -> RequestType:
         """The checked body. Raises EngineUnavailableError, InvalidRequestError, ModelNotFoundError."""
         self.engine.check_ready()
-        _check_content_type(request)
+        check_content_type(request)
         body = decoder.decode(request.body)
         self.check_name(body.model)
         return body
@@ -72,10 +72,11 @@ class ServedModel:
                 response=response,
                 num_choices=len(prompts) * params.n,
             )
-        reply.submit(prompts, params)
+        reply.submit(prompts, params, cache_salt=fields.checked_cache_salt())
 
 
-def _check_content_type(request: Request) -> None:
+def check_content_type(request: Request) -> None:
+    """Raises InvalidRequestError for a body that says it is no JSON."""
     # Anything else is refused, so that a page in the user's browser cannot post to a local server
     # as a "simple" request.
     content_type = request.headers.get("content-type")

@@ -37,6 +37,23 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an answer took; `cached_tokens` of the prompt tokens were not computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WireOptions:
     """What a reply needs to know of its request. logprobs: whether any were asked for."""
 
@@ -105,11 +122,11 @@ class Wire(ABC):
             self._tail,
         )
 
-    def usage(self, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def usage(self, usage: Usage) -> bytes:
         """The frame with the usage and no choices."""
-        return b'%b],"usage":%b}\n\n' % (self._head, orjson.dumps(_usage(prompt_tokens, completion_tokens)))
+        return b'%b],"usage":%b}\n\n' % (self._head, orjson.dumps(usage.as_json()))
 
-    def whole(self, choices: list[Choice], *, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
         return orjson.dumps(
             {
@@ -126,7 +143,7 @@ class Wire(ABC):
                     }
                     for choice in choices
                 ],
-                "usage": _usage(prompt_tokens, completion_tokens),
+                "usage": usage.as_json(),
             }
         )
 
@@ -195,11 +212,3 @@ class CompletionWire(Wire):
 
     def _whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}
-
-
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }

@@ -35,6 +35,7 @@ class Exchange:
         include_usage: bool = False,
         logprobs: int | None = None,
         engine: FakeEngine | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         self.engine = engine or FakeEngine()
         self.channel = RecordingChannel()
@@ -63,7 +64,7 @@ class Exchange:
             else WholeReply(self.engine, wire, num_choices=prompts * n, **common)
         )
         params = SamplingParams(n=n, logprobs=logprobs)
-        self.reply.submit([[1, 2, 3]] * prompts, params)
+        self.reply.submit([[1, 2, 3]] * prompts, params, cache_salt=cache_salt)
 
     def sink(self, prompt: int = 0) -> PromptSink:
         sink = self.engine.submitted[prompt].sink
@@ -103,9 +104,10 @@ def delta(
     finish: FinishReason | None = None,
     stop: str | int | None = None,
     logprobs: bool = False,
+    cached: int = 0,
 ) -> SequenceDelta:
     entries = tuple(TokenLogprob(token_id, -0.5, ((token_id, -0.5), (2, -2.0))) for token_id in token_ids)
-    return SequenceDelta(index, text, token_ids, entries if logprobs else None, finish, stop)
+    return SequenceDelta(index, text, token_ids, entries if logprobs else None, finish, stop, cached)
 
 
 def test_a_streamed_chat_is_what_the_official_models_expect() -> None:
@@ -301,3 +303,27 @@ def test_an_impossible_token_has_a_finite_logprob() -> None:
     answer = ChatCompletion.model_validate(json.loads(exchange.body), strict=True)
     assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.content is not None
     assert answer.choices[0].logprobs.content[0].top_logprobs[1].logprob == -9999.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_says_how_many_prompt_tokens_were_cached(stream: bool, chat: bool) -> None:
+    # Two prompts of two choices each: a prompt's cached tokens count once.
+    exchange = Exchange(stream=stream, chat=chat, prompts=2, n=2, include_usage=True)
+    for prompt, cached in ((0, 2), (1, 1)):
+        for index in range(2):
+            exchange.step(
+                delta("Hello", 0, index=index, finish=FinishReason.LENGTH, cached=cached), prompt=prompt
+            )
+        exchange.sink(prompt).finish()
+    answer = exchange.events[-1] if stream else json.loads(exchange.body)
+    assert answer["usage"]["prompt_tokens"] == 6
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    official: Any = (ChatCompletionChunk if chat else Completion) if stream else None
+    official = official or (ChatCompletion if chat else Completion)
+    assert official.model_validate(answer).usage.prompt_tokens_details.cached_tokens == 3
+
+
+def test_the_salt_goes_to_every_prompt() -> None:
+    exchange = Exchange(stream=True, prompts=2, cache_salt="mine")
+    assert [submitted.cache_salt for submitted in exchange.engine.submitted] == ["mine", "mine"]

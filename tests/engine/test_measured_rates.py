@@ -1,0 +1,44 @@
+"""The speeds of copies and prompts, as they are measured while serving."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphllm.batch import ScheduledBatch, ScheduledRow
+from graphllm.engine.measured_rates import MeasuredRates
+from graphllm.sampling_params import SamplingParams
+from graphllm.sequence import SequenceGroup
+
+
+def step(*num_tokens: int) -> ScheduledBatch:
+    """Rows of so many tokens, the decode rows first."""
+    group = SequenceGroup("r", [1], params=SamplingParams(), seed=0, max_total_tokens=9)
+    rows = [ScheduledRow(group.sequences[0], slot, tokens) for slot, tokens in enumerate(num_tokens)]
+    return ScheduledBatch(step_id=1, rows=rows, num_decode_rows=sum(tokens == 1 for tokens in num_tokens))
+
+
+def test_the_first_measurement_takes_the_place_of_the_guess_and_later_ones_move_it() -> None:
+    rates = MeasuredRates(bytes_per_block=10**6)
+    assert rates.seconds_to_copy(10) == pytest.approx(1e-3)
+    rates.observe_copy(4, 0.8)
+    assert rates.seconds_to_copy(10) == pytest.approx(2.0)
+    rates.observe_copy(10, 1.0)
+    assert rates.seconds_to_copy(10) == pytest.approx(1.8)
+
+
+def test_only_steps_that_are_mostly_prompt_tell_what_a_prompt_costs() -> None:
+    rates = MeasuredRates(bytes_per_block=10**6)
+    rates.observe_step(step(100), 1.0)
+    assert rates.seconds_to_prefill(200) == pytest.approx(2.0)
+    rates.observe_step(step(*[1] * 60, 40), 50.0)
+    rates.observe_step(step(1, 1, 1), 50.0)
+    assert rates.seconds_to_prefill(200) == pytest.approx(2.0)
+    rates.observe_step(step(1, 50), 1.0)
+    assert rates.seconds_to_prefill(200) == pytest.approx(2.4)
+
+
+def test_no_rows_say_nothing() -> None:
+    rates = MeasuredRates(bytes_per_block=1)
+    before = rates.seconds_to_prefill(1)
+    rates.observe_step(step(), 1.0)
+    assert rates.seconds_to_prefill(1) == before
