@@ -73,8 +73,9 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/serving.py $(ARGS)
 
-# Needs a CUDA device and the packages of $(PYTHON): no $(VENV), no network. PART=kernels, graphs, e2e, bench
-# or peers runs one of the parts; ARGS=--list says what would be run.
+# Needs a CUDA device, a C compiler, and the packages and headers of $(PYTHON): no $(VENV), no network.
+# PART=compile, kernels, graphs, e2e, bench or peers runs one of the parts, and compile before those that load
+# models; ARGS=--list says what would be run.
 gpu:
 	@$(PYTHON) tools/gpu.py $(PART) $(ARGS)
 

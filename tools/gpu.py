@@ -1,11 +1,12 @@
 """`make gpu`: everything that needs a card, in one command and at most eight minutes.
 
-    python3 tools/gpu.py                 # kernels, graphs, e2e, bench, peers
+    python3 tools/gpu.py                 # compile, kernels, graphs, e2e, bench, peers
     python3 tools/gpu.py bench --list    # one part; --list only says what it would run
 
-Owns the table of parts with their time limits, and the summary. Needs a CUDA device, the source tree and
-the packages of the Python that runs it: no environment, no network. Parts do not depend on each other: one
-that fails is listed at the end, and what it had measured is kept. Lines go to
+Every part that loads a model is preceded by `compile`, which leaves its kernels in Triton's cache. Owns the
+table of parts with their time limits, and the summary. Needs a CUDA device, the source tree, a C compiler,
+and the packages and headers of the Python that runs it: no environment, no network. Parts do not depend on
+each other: one that fails is listed at the end, and what it had measured is kept. Lines go to
 `benchmarks/results/gpu-<part>.jsonl` and, when it is set, to the folder $OUT, with the log and the results
 page.
 """
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ if str(REPOSITORY) not in sys.path:  # run as a script
     sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.gpu import results_page  # noqa: E402
+from benchmarks.gpu.compile_kernels import AHEAD_VARIABLE  # noqa: E402
 from benchmarks.gpu.results import (  # noqa: E402
     OUTPUT_VARIABLE,
     RESULTS_FOLDER,
@@ -49,23 +52,28 @@ MAX_SECONDS = 480
 # Seconds of each part's steps. What a step leaves goes to the later ones; all of them together stay
 # below MAX_SECONDS by what the start and the summary take.
 LIMITS: dict[str, dict[str, int]] = {
-    "kernels": {"kernels": 80},
-    "graphs": {"graphs": 35},
-    "e2e": {"e2e": 40},
+    "compile": {"compile_kernels": 56},
+    "kernels": {"kernels": 66},
+    "graphs": {"graphs": 28},
+    "e2e": {"e2e": 36},
     "bench": {
-        "decode_step": 55,
-        "attention": 16,
-        "prefill": 18,
-        "graph_memory": 20,
-        "serving": 50,
-        "startup": 40,
+        "decode_step": 36,
+        "large_model": 36,
+        "attention": 14,
+        "swap": 12,
+        "serving": 60,
+        "startup": 34,
     },
-    "peers": {"peers": 110},
+    "peers": {"peers": 87},
 }
 PARTS = tuple(LIMITS)
+COMPILE = "compile"
+# These load models; the kernels' own tests compile other kernels.
+PARTS_WITH_MODELS = ("graphs", "e2e", "bench", "peers")
 # Kernel tests wait for compilers most of the time, which have cores of their own.
 MAX_KERNEL_TESTS_AT_ONCE = 8
 NEEDED_PACKAGES = (
+    "gguf",
     "httptools",
     "jinja2",
     "msgspec",
@@ -105,6 +113,12 @@ class Summary:
 def plan_parts(names: Sequence[str]) -> list[Part]:
     """The parts and what they run."""
     return [_kernel_part() if name == "kernels" else _plain_part(name) for name in names]
+
+
+def with_compilation(names: Sequence[str]) -> tuple[str, ...]:
+    """The parts that are asked for, in their order, and the compilation that they want to be done before."""
+    wants = any(name in PARTS_WITH_MODELS for name in names)
+    return tuple(name for name in PARTS if name in names or (wants and name == COMPILE))
 
 
 def _plain_part(name: str) -> Part:
@@ -171,7 +185,7 @@ class Report:
     def end(self, part: Part, outcome: Outcome) -> None:
         step = outcome.step
         self.say(f"--- {step.name}: {outcome.reason or 'done'}, {outcome.seconds:.0f} s\n")
-        benchmark = part.name if part.name in ("kernels", "graphs", "e2e") else step.name
+        benchmark = step.name if part.name in ("bench", "peers") else part.name
         log = ResultLog(part.name, benchmark, folder=self.folder)
         missing = missing_targets(part.name, step.name, folder=self.folder)
         reason = outcome.reason
@@ -180,7 +194,7 @@ class Report:
         if reason is None and missing:
             reason = f"ended without {len(missing)} of its targets"
         for target in missing:
-            log.failed(target.metric, reason or "", unit=target.unit)
+            log.of(target.benchmark).failed(target.metric, reason or "", unit=target.unit)
         if reason is not None:
             self._summary.failures.append(f"{part.name}: {step.name}: {reason}")
             written = read_lines(self.folder / file_name(part.name))
@@ -241,6 +255,20 @@ def refusal() -> str | None:
         return f"make gpu needs a torch that sees {device_name()}, but {sys.executable} has: {last}"
     except subprocess.TimeoutExpired:
         return f"make gpu: {sys.executable} could not import torch within 90 s."
+    return missing_build_tool()
+
+
+def missing_build_tool() -> str | None:
+    """What Triton lacks to build the code that launches kernels, looked for as Triton does."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"make gpu needs a C compiler, for Triton, and there is no {' and no '.join(compilers)}."
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own scheme names a folder that has no headers.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    if not header.is_file():
+        return f"make gpu needs the headers of {sys.executable}, for Triton, and there is no {header}."
     return None
 
 
@@ -260,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
-    names = tuple(name for name in PARTS if not options.parts or name in options.parts)
+    names = with_compilation(options.parts or PARTS)
     parts = plan_parts(names)
     if options.list:
         for part in parts:
@@ -287,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment |= {
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # Compiled by the first part; what it could not is compiled where it is needed.
+            AHEAD_VARIABLE: "0",
             SCRATCH_VARIABLE: str(stack.enter_context(scratch_folder())),
         }
         try:

@@ -93,19 +93,37 @@ def deal_blocks(contexts: Sequence[int], *, device: torch.device, seed: int = 0)
     return tables.to(device), first + 1
 
 
+def layer_cache(size: Sequence[int], dtype: torch.dtype, *, device: torch.device) -> Any:
+    """One layer's KV with random content; in 8 bits with scales of one size."""
+    import torch
+
+    from graphllm.cache.kv_cache import LayerKV
+
+    if dtype.itemsize > 1:
+        return LayerKV(*(torch.randn(*size, dtype=dtype, device=device) for _ in range(2)))
+    # Below the largest number of each 8-bit format, and NaN in none.
+    stored = (torch.randint(96, tuple(size), dtype=torch.int8, device=device).view(dtype) for _ in range(2))
+    scales = (torch.full(tuple(size[:3]), 1e-2, device=device) for _ in range(2))
+    return LayerKV(*stored, *scales)
+
+
 def kv_bytes(shape: ModelShape, contexts: Sequence[int]) -> int:
     """Bytes of one layer's keys and values in bfloat16."""
     return 2 * 2 * shape.num_kv_heads * shape.head_dim * sum(contexts)
 
 
-def time_layers(shape: ModelShape, batches: Sequence[Sequence[int]]) -> list[float]:
-    """Milliseconds of one layer's decode attention for each batch of contexts, all by the same graph."""
+def time_layers(
+    shape: ModelShape, batches: Sequence[Sequence[int]], *, kv_dtype: torch.dtype | None = None
+) -> list[float]:
+    """Milliseconds of one layer's decode attention for each batch of contexts, all by the same graph.
+
+    kv_dtype: bfloat16 unless told otherwise.
+    """
     import torch
 
     from graphllm.arena import Arena
     from graphllm.attention.backend import AttentionBucket, AttentionSpec
     from graphllm.attention.triton_paged import TritonPagedAttention
-    from graphllm.cache.kv_cache import LayerKV
 
     device = torch.device("cuda")
     num_rows = len(batches[0])
@@ -113,14 +131,15 @@ def time_layers(shape: ModelShape, batches: Sequence[Sequence[int]]) -> list[flo
     tables = [deal_blocks(contexts, device=device) for contexts in batches]
     num_layers = max(2, math.ceil(_MIN_BYTES / kv_bytes(shape, batches[0])))
     size = (max(blocks for _, blocks in tables), BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-    caches = [
-        LayerKV(*(torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(2)))
-        for _ in range(num_layers)
-    ]
+    caches = [layer_cache(size, kv_dtype or torch.bfloat16, device=device) for _ in range(num_layers)]
     query = torch.randn(num_rows, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device=device)
     out = torch.empty_like(query)
     backend = TritonPagedAttention(
-        block_size=BLOCK_SIZE, arena=Arena(device), max_num_rows=num_rows, max_model_len=max_context
+        # The same for all batches, so that one kernel builds the work list of each.
+        block_size=BLOCK_SIZE,
+        arena=Arena(device),
+        max_num_rows=max(BATCHES),
+        max_model_len=max_context,
     )
     spec = AttentionSpec(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim**-0.5)
     batch = empty_batch(num_rows, max_context, device=device)

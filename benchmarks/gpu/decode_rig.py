@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from benchmarks.gpu.floors import shape_path
+from benchmarks.gpu.engines import EngineLimits
+from benchmarks.gpu.floors import shape_of, shape_path
 
 _STEP_TIMEOUT = 60.0  # seconds
 
@@ -31,19 +32,49 @@ def engine_config(model: str, *, num_kv_tokens: int, bytes_per_token: int, **opt
         "device": "cuda",
         "dtype": "bfloat16",
         "kv_cache_memory_bytes": (num_kv_tokens + 4096) * bytes_per_token,
+        # Nothing is preempted here, and to pin the default takes a second or two.
+        "swap_space": 0.0,
     }
     return EngineConfig(**{**fields, **options})
 
 
-def load_engine(config: Any) -> Any:
-    """(LoadedModel, Device) of a configuration, ready to launch steps."""
+def limited_config(limits: EngineLimits, *, num_kv_tokens: int) -> Any:
+    """An EngineConfig of random weights in bfloat16 within these limits."""
+    return engine_config(
+        limits.shape,
+        num_kv_tokens=num_kv_tokens,
+        bytes_per_token=2 * shape_of(limits.shape).num_kv_elements,
+        **limits.options(),
+    )
+
+
+@contextmanager
+def open_engine(config: Any) -> Iterator[tuple[Any, Any]]:
+    """(LoadedModel, Device) of a configuration, ready to launch steps; closed in order at the end.
+
+    Says which kernels were compiled meanwhile: in a whole run of `make gpu` there should be none.
+    """
     from graphllm.engine.loading import load
+    from graphllm.runner.compilation import CompilationWatch
     from graphllm.runner.device import open_device
 
+    watch = CompilationWatch(_say_compiled)
+    watch.start()
     device = open_device(config.device)
-    with nullcontext() if device.graphs is None else device.graphs.on_stream():
-        loaded = load(config, device, show_progress=False)
-    return loaded, device
+    try:
+        with nullcontext() if device.graphs is None else device.graphs.on_stream():
+            loaded = load(config, device, show_progress=False)
+        try:
+            yield loaded, device
+        finally:
+            loaded.runner.graphs.close()
+    finally:
+        device.close()
+        watch.stop()
+
+
+def _say_compiled(kernel: str, seconds: float) -> None:
+    print(f"compiled only now: {kernel}, {seconds:.1f} s", flush=True)
 
 
 def fill_kv(runner: Any) -> None:
@@ -59,9 +90,10 @@ class Rows:
 
     contexts: how many tokens each holds, the one that the first decode step computes included. Blocks are
     dealt out at random, as they are after a while of serving. One spare block each lets them decode on.
+    params: how tokens are sampled, greedily unless told otherwise.
     """
 
-    def __init__(self, loaded: Any, contexts: Sequence[int], *, seed: int = 0) -> None:
+    def __init__(self, loaded: Any, contexts: Sequence[int], *, seed: int = 0, params: Any = None) -> None:
         from graphllm.sampling_params import SamplingParams
         from graphllm.sequence import SequenceGroup
 
@@ -72,7 +104,7 @@ class Rows:
         block_size = loaded.plan.block_size
         blocks = list(range(1, loaded.plan.num_blocks))
         draw.shuffle(blocks)
-        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1_000_000)
+        params = params or SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1_000_000)
         self.sequences = []
         for index, context in enumerate(contexts):
             tokens = [draw.randrange(loaded.vocab_size) for _ in range(context)]

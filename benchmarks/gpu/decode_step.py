@@ -1,9 +1,10 @@
-"""Whole decode steps of the three models, embedding to sampled token, against what they must read.
+"""Whole decode steps of a model, embedding to sampled token, against what they must read.
 
     python -m benchmarks.gpu.decode_step --shapes qwen3-0.6b --batches 1 8
 
-Each step is the captured graph that serving replays. Owns no engine and no floor. `--child` measures one
-step and prints its milliseconds as JSON: dependent launch is chosen when a process starts.
+Each step is the captured graph that serving replays. Owns no engine and no floor. The large model has its
+steps measured by `large_model.py`, which shares its engine. `--child` measures one step and prints its
+milliseconds as JSON: dependent launch is chosen when a process starts.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ from typing import Any
 
 from benchmarks.gpu.ceilings import measure_ceilings, write_ceilings
 from benchmarks.gpu.command import failing, run_benchmark
-from benchmarks.gpu.decode_rig import Rows, engine_config, fill_kv, load_engine
+from benchmarks.gpu.decode_rig import Rows, fill_kv, limited_config, open_engine
+from benchmarks.gpu.engines import BATCHES, CONTEXT, DECODE, LARGE_SHAPE, LONG_CONTEXT, SMALLEST_SHAPE
 from benchmarks.gpu.floors import SHAPES, Ceilings, context_name, shape_of
 from benchmarks.gpu.results import REPOSITORY, ResultLog
 from benchmarks.gpu.targets import PDL_METRIC, step_metric
 from benchmarks.gpu.timing import Timing, time_on_device
 
-BATCHES = (1, 8, 32, 64)
-CONTEXT = 1024
-LONG_CONTEXT = 131072
-PDL_SHAPE = "qwen3-0.6b"
+PDL_SHAPE = SMALLEST_SHAPE
 PDL_VARIABLE = "GRAPHLLM_PDL"
 # Replays lengthen the sequences; their lengths are put back before they leave the blocks that they have. So
 # sequences begin a little short, and what is measured is the mean context of a group of replays.
@@ -36,21 +35,10 @@ _NUM_SHORT = 16
 _NUM_MEAN_SHORT = _NUM_SHORT - 2 - _REPLAYS // 2
 
 
-def load_for_decode(shape: str, *, batches: Sequence[int], longest: int, num_kv_tokens: int) -> Any:
-    """A model with these decode graphs, all captured, and its KV pool filled."""
-    config = engine_config(
-        shape,
-        num_kv_tokens=num_kv_tokens,
-        bytes_per_token=2 * shape_of(shape).num_kv_elements,
-        max_model_len=longest,
-        max_num_seqs=max(batches),
-        max_num_batched_tokens=max(64, max(batches)),
-        cudagraph_capture_sizes=tuple(batches),
-    )
-    loaded, device = load_engine(config)
-    with device.on_stream():
-        fill_kv(loaded.runner)
-    return loaded, device
+def decode_config(shape: str) -> Any:
+    """The engine of a shape's decode steps, with room for the largest batch and the longest context."""
+    limits = DECODE[shape]
+    return limited_config(limits, num_kv_tokens=max(max(BATCHES) * (CONTEXT + 64), limits.max_model_len))
 
 
 def time_decode(loaded: Any, device: Any, *, num_rows: int, context: int) -> Timing:
@@ -84,30 +72,45 @@ def measure(options: argparse.Namespace, log: ResultLog) -> None:
     write_ceilings(log, ceilings)
     for shape in options.shapes:
         with failing(log, f"{shape}: decode steps", unit="ms"):
-            _measure_batches(shape, options.batches, ceilings, log)
-    for shape in options.shapes:
-        if shape_of(shape).max_context >= LONG_CONTEXT and not options.no_long:
-            metric = step_metric(shape, 1, context_name(LONG_CONTEXT))
-            with failing(log, metric, unit="times"):
-                loaded, device = load_for_decode(
-                    shape, batches=(1,), longest=LONG_CONTEXT, num_kv_tokens=LONG_CONTEXT
-                )
-                timing = time_decode(loaded, device, num_rows=1, context=LONG_CONTEXT)
-                _write(log, shape, 1, LONG_CONTEXT, timing=timing, ceilings=ceilings)
-                del loaded
+            _measure_shape(shape, options, ceilings, log=log)
     if PDL_SHAPE in options.shapes:
         with failing(log, PDL_METRIC, unit="times"):
             _measure_dependent_launch(log)
 
 
-def _measure_batches(shape: str, batches: Sequence[int], ceilings: Ceilings, log: ResultLog) -> None:
-    loaded, device = load_for_decode(
-        shape, batches=batches, longest=2 * CONTEXT, num_kv_tokens=max(batches) * (CONTEXT + 64)
-    )
-    for batch in batches:
-        with failing(log, step_metric(shape, batch, context_name(CONTEXT)), unit="times"):
-            timing = time_decode(loaded, device, num_rows=batch, context=CONTEXT)
-            _write(log, shape, batch, CONTEXT, timing=timing, ceilings=ceilings)
+def _measure_shape(shape: str, options: argparse.Namespace, ceilings: Ceilings, *, log: ResultLog) -> None:
+    with open_engine(decode_config(shape)) as (loaded, device):
+        measure_steps(
+            loaded,
+            device,
+            shape=shape,
+            batches=options.batches,
+            with_longest=not options.no_long,
+            ceilings=ceilings,
+            log=log,
+        )
+
+
+def measure_steps(
+    loaded: Any,
+    device: Any,
+    *,
+    shape: str,
+    batches: Sequence[int],
+    with_longest: bool,
+    ceilings: Ceilings,
+    log: ResultLog,
+) -> None:
+    """The lines of a loaded model: each batch at the short context, and one row at the longest."""
+    with device.on_stream():
+        fill_kv(loaded.runner)
+    cases = [(num_rows, CONTEXT) for num_rows in batches]
+    if with_longest and shape_of(shape).max_context >= LONG_CONTEXT:
+        cases.append((1, LONG_CONTEXT))
+    for num_rows, context in cases:
+        with failing(log, step_metric(shape, num_rows, context_name(context)), unit="times"):
+            timing = time_decode(loaded, device, num_rows=num_rows, context=context)
+            _write(log, shape, num_rows, context, timing=timing, ceilings=ceilings)
 
 
 def _write(
@@ -123,9 +126,12 @@ def _write(
 
 
 def _measure_dependent_launch(log: ResultLog) -> None:
-    """The same step in two processes, one after the other."""
-    on, off = _step_in_child("1"), _step_in_child("0")
-    log.measured(f"{PDL_SHAPE} batch 1 context 1k: step without dependent launch", off, unit="ms")
+    """The same step of the same engine in two processes, unless this one has measured it already."""
+    name = f"{PDL_SHAPE} batch 1 context {context_name(CONTEXT)}: step"
+    measured = [result.value for result in log.results if result.metric == name]
+    on = measured[0] if measured and measured[0] is not None else _step_in_child("1")
+    off = _step_in_child("0")
+    log.measured(f"{name} without dependent launch", off, unit="ms")
     log.measured(PDL_METRIC, off / on, unit="times")
 
 
@@ -141,8 +147,13 @@ def _step_in_child(switch: str) -> float:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models (all)")
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="rows of a step")
+    small = [shape for shape in SHAPES if shape != LARGE_SHAPE]
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=small, help=f"models ({' '.join(small)})"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", choices=BATCHES, default=list(BATCHES), help="rows of a step (all)"
+    )
     parser.add_argument("--no-long", action="store_true", help="leave out the context of 128k")
     parser.add_argument("--child", action="store_true", help="measure batch 1 and print it, write nothing")
 
@@ -154,8 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     _add_flags(parser)
     shape = parser.parse_args(arguments).shapes[0]
-    loaded, device = load_for_decode(shape, batches=(1,), longest=2 * CONTEXT, num_kv_tokens=2 * CONTEXT)
-    print(json.dumps({"ms": time_decode(loaded, device, num_rows=1, context=CONTEXT).median}))
+    with open_engine(decode_config(shape)) as (loaded, device):
+        with device.on_stream():
+            fill_kv(loaded.runner)
+        timing = time_decode(loaded, device, num_rows=1, context=CONTEXT)
+    print(json.dumps({"ms": timing.median}))
     return 0
 
 

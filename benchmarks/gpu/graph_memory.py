@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.graph_memory
 
-Captures everything that steady traffic needs of an engine with default limits. The pool is the arena of
-intermediates with what torch reserved while capturing; the largest bucket needs the arena as it was after
-that bucket alone. Owns no engine.
+Captures everything that steady traffic needs of an engine with the default numbers of sequences and tokens.
+The pool is the arena of intermediates with what torch reserved while capturing; the largest bucket needs the
+arena as it was after that bucket alone. Owns no engine.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.gpu.command import run_benchmark
-from benchmarks.gpu.decode_rig import engine_config, load_engine
-from benchmarks.gpu.floors import shape_of
+from benchmarks.gpu.decode_rig import open_engine
+from benchmarks.gpu.decode_step import decode_config
+from benchmarks.gpu.engines import LARGE_SHAPE
 from benchmarks.gpu.results import ResultLog
 from benchmarks.gpu.targets import POOL_METRIC, POOL_TOTAL_METRIC
 
-SHAPE = "llama-3.1-8b"
-_KV_TOKENS = 131072
+SHAPE = LARGE_SHAPE
 
 
 def measure(options: argparse.Namespace, log: ResultLog) -> None:
+    with open_engine(decode_config(SHAPE)) as (loaded, device):
+        measure_graphs(loaded, device, log)
+
+
+def measure_graphs(loaded: Any, device: Any, log: ResultLog) -> None:
+    """The lines of an engine that has captured nothing yet; leaves all its graphs captured."""
     import torch
 
-    config = engine_config(
-        options.shape,
-        num_kv_tokens=_KV_TOKENS,
-        bytes_per_token=2 * shape_of(options.shape).num_kv_elements,
-        max_model_len=8192,
-    )
-    loaded, device = load_engine(config)
     runner = loaded.runner
     torch.cuda.synchronize()
     need = runner.arena.num_bytes
@@ -49,13 +49,16 @@ def measure(options: argparse.Namespace, log: ResultLog) -> None:
     arena_growth = runner.arena.num_bytes - need
     reserved = torch.cuda.memory_reserved() - reserved_before
     pool = need + max(reserved, arena_growth)
-    name = options.shape
+    name = SHAPE
     log.measured(f"{name}: graphs captured", runner.graphs.num_captured, unit="graphs")
     log.measured(f"{name}: time of a capture", 1e3 * seconds / max(1, runner.graphs.num_captured), unit="ms")
     log.measured(
         f"{name}: tensors allocated while capturing",
         (torch.cuda.memory_allocated() - allocated_before) / 2**20,
         unit="MiB",
+    )
+    log.measured(
+        f"{name}: allocations inside captures", runner.graphs.num_capture_allocations, unit="allocations"
     )
     log.measured(f"{name}: largest bucket's need", need / 2**20, unit="MiB")
     log.measured(f"{name}: driver's part", (free_before - free_after - reserved) / 2**20, unit="MiB")
@@ -64,12 +67,8 @@ def measure(options: argparse.Namespace, log: ResultLog) -> None:
     log.measured(POOL_TOTAL_METRIC, (need + free_before - free_after) / 2**30, unit="GiB")
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default=SHAPE, help=f"the model ({SHAPE})")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_benchmark("graph_memory", measure, description=__doc__, argv=argv, add_flags=_add_flags)
+    return run_benchmark("graph_memory", measure, description=__doc__, argv=argv)
 
 
 if __name__ == "__main__":

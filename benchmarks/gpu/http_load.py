@@ -134,8 +134,10 @@ async def run_window(
     Raises LoadError when a stream failed, or when they ended before the window did.
     """
     endpoint = Endpoint.parse(url, "/v1/chat/completions")
+    # Prompts of this window's own: the server keeps the KV of those that it has seen.
+    window = time.time_ns()
     bodies = [
-        chat_body(model, digits(prompt_tokens, seed=(num_streams, index)), max_tokens=max_tokens)
+        chat_body(model, digits(prompt_tokens, seed=(window, index)), max_tokens=max_tokens)
         for index in range(num_streams)
     ]
     load = asyncio.create_task(run_round(endpoint, bodies, concurrency=num_streams))

@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.gpu.ceilings import measure_ceilings
 from benchmarks.gpu.checkpoint import scratch_checkpoint
 from benchmarks.gpu.command import empty_device_cache, failing, run_benchmark
+from benchmarks.gpu.engines import LARGE_SERVER
 from benchmarks.gpu.floors import SHAPES, Ceilings, shape_of
 from benchmarks.gpu.http_load import chat_body, digits, run_load
 from benchmarks.gpu.results import REPOSITORY, ResultLog
@@ -35,8 +36,8 @@ from benchmarks.peers.served_engines import SERVED_ENGINES, served_engine
 from benchmarks.sse_client import Endpoint, LoadError
 from benchmarks.workload import run_round
 
-SHAPE, SMALL = "llama-3.1-8b", "llama-3.2-1b"
-NUM_STREAMS = 64
+SHAPE, SMALL = LARGE_SERVER.shape, "llama-3.2-1b"
+NUM_STREAMS = LARGE_SERVER.max_num_seqs
 MAX_TOKENS = 128
 _PROMPT_DIGITS = 64
 _ROUNDS = 2
@@ -55,7 +56,7 @@ def measure(options: argparse.Namespace, log: ResultLog) -> None:
     with failing(log, f"{SHAPE} {NUM_STREAMS} streams", unit="tokens/s"):
         folder = str(scratch_checkpoint(SHAPE))
         empty_device_cache()
-        with server(folder, "--max-num-seqs", str(NUM_STREAMS), load_format="auto") as url:
+        with server(LARGE_SERVER, folder=folder) as url:
             ours = measure_server(url)
         log.measured(f"{SHAPE} {NUM_STREAMS} streams", ours[0], unit="tokens/s")
     _measure_transformers(ours, log, seconds=min(_TRANSFORMERS_SECONDS, deadline - time.monotonic()))

@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -72,6 +73,12 @@ class ResultLog:
         self.benchmark = benchmark
         self.results: list[Result] = []
         self._paths = [path / file_name(part) for path in result_folders(folder)]
+
+    def of(self, benchmark: str) -> ResultLog:
+        """The same file for another benchmark's lines, which count among this one's results."""
+        other = copy(self)
+        other.benchmark = benchmark
+        return other
 
     def measured(
         self, metric: str, value: float, *, unit: str, floor: float | None = None, peer: str | None = None
@@ -187,10 +194,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield fields
 
 
-def missing_targets(part: str, benchmark: str, *, folder: Path = RESULTS_FOLDER) -> list[Target]:
-    """The targets of a benchmark that no line of the part speaks of."""
+def missing_targets(part: str, step: str, *, folder: Path = RESULTS_FOLDER) -> list[Target]:
+    """The targets of a step that no line of the part speaks of."""
     seen = {(line["benchmark"], line["metric"]) for line in read_lines(folder / file_name(part))}
-    return [t for t in TARGETS if t.benchmark == benchmark and (t.benchmark, t.metric) not in seen]
+    return [t for t in TARGETS if t.step == step and (t.benchmark, t.metric) not in seen]
 
 
 @cache

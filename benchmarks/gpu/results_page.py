@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.gpu.results import RESULTS_FOLDER, file_name, read_lines
 from benchmarks.gpu.targets import TARGETS, Target
 
-PARTS = ("kernels", "graphs", "e2e", "bench", "peers")
+PARTS = ("compile", "kernels", "graphs", "e2e", "bench", "peers")
 PAGE = "README.md"
 NOT_MEASURED = "not measured"
 Lines = Mapping[tuple[str, str], Mapping[str, Any]]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from benchmarks.gpu.ceilings import measure_ceilings
 from benchmarks.gpu.command import empty_device_cache, failing, run_benchmark
+from benchmarks.gpu.engines import LARGE_SERVER, SMALL_SERVER, EngineLimits
 from benchmarks.gpu.floors import Ceilings, shape_of, shape_path
 from benchmarks.gpu.http_load import Window, run_load, run_window, times_to_first_token
 from benchmarks.gpu.results import ResultLog
@@ -29,7 +30,7 @@ from benchmarks.gpu.targets import (
 )
 from benchmarks.processes import graphllm_server
 
-SMALL, LARGE = "llama-3.2-1b", "llama-3.1-8b"
+SMALL, LARGE = SMALL_SERVER.shape, LARGE_SERVER.shape
 PROMPT = 1024
 # Streams, tokens of each, seconds of the window in which all decode.
 WINDOWS = ((1, 2000, 0.8), (8, 2000, 0.8), (64, 1200, 0.8), (256, 700, 0.8))
@@ -40,10 +41,16 @@ _NUM_PROMPTS = 12
 
 
 @contextmanager
-def server(model: str, *flags: str, load_format: str = "dummy") -> Iterator[str]:
-    """Our server with all its graphs; gives its address."""
-    arguments = ["--model", model, "--load-format", load_format, "--device", "cuda", "--dtype", "bfloat16"]
-    arguments += ["--served-model-name", "model", "--eager-capture", "--max-model-len", "8192", *flags]
+def server(limits: EngineLimits, *flags: str, folder: str | None = None) -> Iterator[str]:
+    """Our server with its graphs, of random weights unless they lie in a folder; gives its address.
+
+    Its prompts must differ, as those of http_load do: it keeps the KV of those that it has seen.
+    """
+    weights = ["--model", folder] if folder else ["--model", str(shape_path(limits.shape))]
+    arguments = [*weights, "--load-format", "auto" if folder else "dummy", "--device", "cuda"]
+    arguments += ["--dtype", "bfloat16", "--served-model-name", "model", "--eager-capture"]
+    # Nothing is preempted here, and to pin the default takes a second or two.
+    arguments += [*limits.flags(), "--swap-space", "0", *flags]
     with graphllm_server(arguments, ready_timeout=_READY_TIMEOUT) as (url, _):
         yield url
 
@@ -58,7 +65,7 @@ def measure(options: argparse.Namespace, log: ResultLog) -> None:
 
 
 def _measure_small(ceilings: Ceilings, log: ResultLog) -> None:
-    with server(str(shape_path(SMALL)), "--max-num-seqs", "256") as url:
+    with server(SMALL_SERVER) as url:
         run_load(run_window(url, model="model", num_streams=8, max_tokens=400, seconds=0.05))
         with failing(log, TTFT_1B_METRIC, unit="ms"):
             milliseconds, floor = _first_tokens(url, SMALL, ceilings, log)
@@ -72,7 +79,7 @@ def _measure_small(ceilings: Ceilings, log: ResultLog) -> None:
                     with_look_ahead = window.tokens_per_second
     with (
         failing(log, LOOK_AHEAD_METRIC, unit="times"),
-        server(str(shape_path(SMALL)), "--max-num-seqs", "8", "--no-look-ahead") as url,
+        server(SMALL_SERVER, "--no-look-ahead") as url,
     ):
         num_streams, max_tokens, seconds = LOOK_AHEAD_WINDOW
         run_load(run_window(url, model="model", num_streams=1, max_tokens=400, seconds=0.05))
@@ -87,7 +94,7 @@ def _measure_small(ceilings: Ceilings, log: ResultLog) -> None:
 
 def _measure_large(ceilings: Ceilings, log: ResultLog) -> None:
     num_streams, max_tokens, seconds = LARGE_WINDOW
-    with server(str(shape_path(LARGE)), "--max-num-seqs", str(num_streams)) as url:
+    with server(LARGE_SERVER) as url:
         run_load(run_window(url, model="model", num_streams=8, max_tokens=60, seconds=0.05))
         with failing(log, TTFT_8B_METRIC, unit="times"):
             milliseconds, floor = _first_tokens(url, LARGE, ceilings, log)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import results, step_runner
+from benchmarks.gpu import results, results_page, step_runner
+from benchmarks.gpu.compile_kernels import AHEAD_VARIABLE
 from benchmarks.gpu.step_runner import Outcome, Step, run_steps
-from benchmarks.gpu.targets import STARTUP_METRIC
+from benchmarks.gpu.targets import POOL_METRIC, PREFILL_METRIC, STARTUP_METRIC, TARGETS, step_metric
 from tools import gpu
 
 HANG = "import time; print('hanging', flush=True); time.sleep(60)"
@@ -177,6 +178,25 @@ def test_a_step_that_ends_well_without_its_targets_has_failed(folder: Path) -> N
     assert summary.failures == ["bench: startup: ended without 1 of its targets"]
 
 
+def test_targets_of_a_shared_step_are_failed_under_their_benchmarks_names(folder: Path) -> None:
+    summary = gpu.Summary()
+    part = gpu.Part("bench", (python("large_model", "import sys; sys.exit(1)"),))
+    gpu.run([part], environment=dict(os.environ), report=gpu.Report(None, summary, folder=folder))
+    benchmark_of = {
+        metric: line["benchmark"] for metric, line in lines_of(folder / "gpu-bench.jsonl").items()
+    }
+    assert benchmark_of[POOL_METRIC] == "graph_memory"
+    assert benchmark_of[PREFILL_METRIC] == "prefill"
+    assert benchmark_of[step_metric("llama-3.1-8b", 1, "1k")] == "decode_step"
+    assert not any("llama-3.2-1b" in metric or "qwen" in metric for metric in benchmark_of)
+    assert len(summary.failures) == 1
+
+
+def test_every_target_is_some_steps_and_every_step_is_run() -> None:
+    steps = {step for steps in gpu.LIMITS.values() for step in steps}
+    assert {target.step for target in TARGETS} <= steps
+
+
 def test_a_run_begins_its_files_anew(folder: Path) -> None:
     (folder / "gpu-bench.jsonl").write_text("of an older run\n")
     part = gpu.Part("bench", (python("another", "pass"),))
@@ -203,7 +223,7 @@ def test_failures_are_said_last_and_decide_the_exit_code(
 
 
 def test_parts_and_their_limits_fit_in_eight_minutes_and_eight_files() -> None:
-    assert gpu.PARTS == ("kernels", "graphs", "e2e", "bench", "peers")
+    assert gpu.PARTS == ("compile", "kernels", "graphs", "e2e", "bench", "peers") == results_page.PARTS
     seconds = sum(sum(steps.values()) for steps in gpu.LIMITS.values())
     assert seconds + 15 <= gpu.MAX_SECONDS == 480
     planned = {part.name: sum(step.seconds for step in part.steps) for part in gpu.plan_parts(gpu.PARTS)}
@@ -213,7 +233,7 @@ def test_parts_and_their_limits_fit_in_eight_minutes_and_eight_files() -> None:
 
 
 def test_every_benchmark_of_the_table_can_be_asked_for_help_without_a_card() -> None:
-    for part in gpu.plan_parts(("bench", "peers")):
+    for part in gpu.plan_parts(("compile", "bench", "peers")):
         for step in part.steps:
             assert step.command[:2] == [sys.executable, "-m"]
             module = step.command[2]
@@ -225,6 +245,81 @@ def test_every_benchmark_of_the_table_can_be_asked_for_help_without_a_card() -> 
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
             assert (done.returncode, done.stdout.split()[0]) == (0, "usage:"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "planned"),
+    [
+        (["bench"], ("compile", "bench")),
+        (["peers", "graphs"], ("compile", "graphs", "peers")),
+        (["kernels"], ("kernels",)),
+        (["compile"], ("compile",)),
+        (list(gpu.PARTS), gpu.PARTS),
+    ],
+    ids=str,
+)
+def test_kernels_are_compiled_before_any_part_that_loads_a_model(
+    asked: list[str], planned: tuple[str, ...]
+) -> None:
+    assert gpu.with_compilation(asked) == planned
+
+
+def test_steps_of_a_run_compile_nothing_ahead_themselves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def record(parts: object, *, environment: dict[str, str], report: object) -> None:
+        seen.update(environment)
+
+    monkeypatch.setattr(gpu, "refusal", lambda: None)
+    monkeypatch.setattr(gpu, "run", record)
+    monkeypatch.setattr(gpu, "conclude", lambda *args, **kwargs: 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.main(["bench"]) == 0
+    assert seen[AHEAD_VARIABLE] == "0"
+    assert "TRITON_INTERPRET" not in seen
+
+
+def test_packages_that_are_asked_for_are_those_that_the_server_and_the_run_import() -> None:
+    """Read from the sources of everything that the server and the benchmarks load, not from ours alone."""
+    script = (
+        "import ast, json, sys; import graphllm.server.app, graphllm.cli, graphllm.engine.loading; "
+        "import graphllm.runner.cuda_device, benchmarks.gpu.serving, benchmarks.peers.transformers_gpu; "
+        "own = ('graphllm', 'benchmarks'); "
+        "files = [m.__file__ for name, m in sys.modules.items() if name.split('.')[0] in own]; "
+        "nodes = [n for f in files if f for n in ast.walk(ast.parse(open(f).read()))]; "
+        "names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}; "
+        "names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}; "
+        "loaded = {name.split('.')[0] for name in names} & set(sys.modules); "
+        "print(json.dumps(sorted(loaded - set(sys.stdlib_module_names) - set(own))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=gpu.REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert set(gpu.NEEDED_PACKAGES) == {*json.loads(done.stdout), "pytest"}
+
+
+def test_a_machine_without_a_compiler_is_told_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert gpu.missing_build_tool() == (
+        "make gpu needs a C compiler, for Triton, and there is no gcc and no clang."
+    )
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no no-such-compiler" in str(gpu.missing_build_tool())
+    compiler = tmp_path / "clang"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC")
+    assert gpu.missing_build_tool() == (
+        f"make gpu needs the headers of {sys.executable}, for Triton, and there is no {tmp_path}/Python.h."
+    )
+    (tmp_path / "Python.h").touch()
+    assert gpu.missing_build_tool() is None
 
 
 def test_kernel_tests_are_found_by_their_marks_and_no_other() -> None:

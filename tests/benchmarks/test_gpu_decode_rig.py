@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.decode_rig import Rows, engine_config, fill_kv, load_engine
+from benchmarks.gpu.decode_rig import Rows, engine_config, fill_kv, open_engine
+from graphllm.runner.device import CpuDevice
+from graphllm.runner.graph_runner import GraphRunner
 from tests.tiny_model import write_tiny_model
 
 
@@ -24,9 +26,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
         max_num_seqs=8,
     )
     assert config.load_format == "auto"
-    loaded, device = load_engine(config)
-    yield loaded
-    device.close()
+    with open_engine(config) as (loaded, _):
+        yield loaded
 
 
 def test_contexts_that_are_installed_decode_like_contexts_that_were_computed(loaded: Any) -> None:
@@ -73,3 +74,25 @@ def test_a_shape_by_its_name_means_random_weights() -> None:
     config = engine_config("llama-3.2-1b", num_kv_tokens=1000, bytes_per_token=32768)
     assert (config.load_format, Path(config.model).name) == ("dummy", "llama-3.2-1b.json")
     assert config.kv_cache_memory_bytes >= 1000 * 32768
+    assert config.swap_space == 0
+
+
+def test_an_engine_is_closed_in_order_whatever_happens_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    for owner in (GraphRunner, CpuDevice):
+        close = owner.close
+
+        def recorded(self: Any, *, name: str = owner.__name__, close: Any = close) -> None:
+            closed.append(name)
+            close(self)
+
+        monkeypatch.setattr(owner, "close", recorded)
+    folder = write_tiny_model(tmp_path / "model")
+    config = engine_config(
+        str(folder), num_kv_tokens=64, bytes_per_token=512, device="cpu", dtype="float32", cpu_threads=1
+    )
+    with pytest.raises(ZeroDivisionError), open_engine(config):
+        closed.append(str(1 // 0))
+    assert closed == ["GraphRunner", "CpuDevice"]

@@ -19,7 +19,15 @@ from benchmarks.gpu.results import (
     missing_targets,
     read_lines,
 )
-from benchmarks.gpu.targets import PDL_METRIC, TARGETS, step_metric, target_of
+from benchmarks.gpu.targets import (
+    PDL_METRIC,
+    POOL_METRIC,
+    PREFILL_METRIC,
+    TARGETS,
+    TTFT_8B_METRIC,
+    step_metric,
+    target_of,
+)
 
 FIELDS = {
     *("benchmark", "metric", "value", "unit", "target", "passed", "floor", "peer"),
@@ -121,10 +129,26 @@ def test_a_file_with_a_line_that_is_no_result_is_refused(folder: Path) -> None:
 
 
 def test_targets_that_no_line_speaks_of_are_known(folder: Path) -> None:
-    expected = {target.metric for target in TARGETS if target.benchmark == "decode_step"}
     ResultLog("bench", "decode_step", folder=folder).measured(EIGHT_B, 1.0, unit="times")
-    missing = {target.metric for target in missing_targets("bench", "decode_step", folder=folder)}
-    assert missing == expected - {EIGHT_B} != set()
+    for step in ("decode_step", "large_model"):
+        expected = {target.metric for target in TARGETS if target.step == step}
+        missing = {target.metric for target in missing_targets("bench", step, folder=folder)}
+        assert missing == expected - {EIGHT_B} != set()
+
+
+def test_the_large_models_targets_belong_to_the_step_that_shares_its_engine() -> None:
+    step_of = {target.metric: target.step for target in TARGETS}
+    assert step_of[EIGHT_B] == step_of[PREFILL_METRIC] == step_of[POOL_METRIC] == "large_model"
+    assert step_of[step_metric("llama-3.2-1b", 1, "128k")] == step_of[PDL_METRIC] == "decode_step"
+    assert step_of[TTFT_8B_METRIC] == "serving"
+
+
+def test_a_log_of_another_benchmark_writes_to_the_same_file_and_counts_too(folder: Path) -> None:
+    log = ResultLog("bench", "large_model", folder=folder)
+    log.of("prefill").failed(PREFILL_METRIC, "no room", unit="of the rate")
+    assert [result.benchmark for result in log.results] == ["prefill"]
+    assert [line["benchmark"] for line in lines_of(folder)] == ["prefill"]
+    assert log.benchmark == "large_model"
 
 
 def test_targets_have_ids_of_their_own_and_a_limit_unless_they_are_reported() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,35 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.decode_rig import Rows, engine_config, fill_kv, load_engine
-from benchmarks.gpu.floors import shape_of
+from benchmarks.gpu.decode_rig import Rows, fill_kv, limited_config, open_engine
+from benchmarks.gpu.engines import GRAPH_TESTS
 from graphllm.sampling_params import SamplingParams
 from graphllm.sequence import SequenceGroup
 
 pytestmark = pytest.mark.gpu
 
 NUM_KV_TOKENS = 16384
-DECODE_SIZES = (1, 2, 4, 8)
 
 
-@pytest.fixture(scope="module", params=["qwen3-0.6b", "llama-3.2-1b"])
+@pytest.fixture(scope="module", params=sorted(GRAPH_TESTS))
 def engine(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
-    """A model at its real shape, its graphs captured, with what captures took of memory beside it."""
-    shape = request.param
-    config = engine_config(
-        shape,
-        num_kv_tokens=NUM_KV_TOKENS,
-        bytes_per_token=2 * shape_of(shape).num_kv_elements,
-        max_model_len=4096,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        cudagraph_capture_sizes=DECODE_SIZES,
-    )
-    loaded, device = load_engine(config)
-    with device.on_stream():
-        fill_kv(loaded.runner)
-    yield loaded, device
-    del loaded, device
+    """A model at its real shape, with its device; nothing is captured yet for traffic."""
+    with open_engine(limited_config(GRAPH_TESTS[request.param], num_kv_tokens=NUM_KV_TOKENS)) as opened:
+        loaded, device = opened
+        with device.on_stream():
+            fill_kv(loaded.runner)
+        yield opened
+        del loaded, device, opened
+    gc.collect()
     torch.cuda.empty_cache()
 
 
@@ -59,7 +51,8 @@ def test_captures_allocate_nothing_and_need_no_larger_arena(engine: tuple[Any, A
     with device.on_stream():
         graphs.capture_all()
     torch.cuda.synchronize()
-    assert graphs.num_captured >= 2 * len(DECODE_SIZES)
+    assert graphs.num_captured == len(graphs.default_keys())
+    assert graphs.num_capture_allocations == 0
     assert torch.cuda.memory_allocated() == allocated
     assert loaded.runner.arena.num_bytes == arena
 
@@ -127,6 +120,20 @@ def test_a_replayed_mixed_step_is_bit_equal_to_an_eager_one(
 ) -> None:
     order = sorted(range(len(contexts)), key=lambda row: contexts[row] - computed[row] > 1)
     assert_bit_equal(captured_engine, [contexts[row] for row in order], [computed[row] for row in order])
+
+
+def test_what_traffic_wants_is_captured_without_an_allocation(captured_engine: Any) -> None:
+    """A step with logprobs, which nobody captures ahead: slice by slice, as between other steps."""
+    runner = captured_engine.runner
+    params = SamplingParams(temperature=0.7, logprobs=5, max_tokens=4, ignore_eos=True)
+    rows = Rows(captured_engine, [100, 200, 300], params=params)
+    num_captured = runner.graphs.num_captured
+    rows.install_decode()
+    assert runner.graphs.has_captures_due
+    while runner.graphs.has_captures_due:
+        runner.graphs.capture_slice()
+    assert runner.graphs.num_captured > num_captured
+    assert runner.graphs.num_capture_allocations == 0
 
 
 def test_padding_never_writes_the_null_block(captured_engine: Any) -> None:
