@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from graphllm.batch import BlockTransfer, TransferDirection
@@ -99,7 +101,9 @@ class BlockSwapper:
         blocks are the transfer's own.
         """
         pairs = self._take_pairs(len(transfer.blocks))
-        pairs[: len(transfer.blocks)] = torch.tensor(transfer.blocks, dtype=torch.int64)
+        # By way of numpy: torch takes ten times as long for a tuple of tuples.
+        numbers = np.fromiter(chain.from_iterable(transfer.blocks), np.int64, 2 * len(transfer.blocks))
+        pairs[: len(transfer.blocks)] = torch.from_numpy(numbers).view(-1, 2)
         work = partial(self._copy, pairs[: len(transfer.blocks)], _KINDS[transfer.direction])
         is_out = transfer.direction is TransferDirection.OUT
         event = self._device.submit_copy(work, behind_steps=is_out)

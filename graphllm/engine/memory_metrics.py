@@ -37,7 +37,7 @@ class MemoryCollector(Collector):
         yield "swap_out_bytes", "Bytes copied to host memory, for whatever reason.", swapper.num_bytes_out
         yield "swap_in_bytes", "Bytes copied from host memory, for whatever reason.", swapper.num_bytes_in
         yield "failed_transfers", "Copies between the tiers that failed.", swapper.num_failed
-        yield "recomputed_sequences", "Preemptions without a swap.", counters.num_recomputed
+        yield "recomputed_sequences", "Preempted sequences computed again.", counters.num_recomputed
         yield "offloaded_blocks", "Cached KV blocks copied to host memory.", counters.num_offloaded_blocks
         yield "fetched_blocks", "Cached KV blocks copied back for a prompt.", counters.num_fetched_blocks
         yield (
@@ -58,5 +58,5 @@ class MemoryCollector(Collector):
         yield "kv_unused_share", "Share of held KV positions that hold no token.", scheduler.unused_share
         yield "swapped_sequences", "Sequences in host memory, or on their way.", len(scheduler.moved)
         yield "host_blocks_total", "KV blocks of host memory.", host.num_blocks
-        yield "host_blocks_held", "Blocks of host memory held by swapped sequences.", host.num_held_blocks
+        yield "host_blocks_held", "Blocks of host memory that swaps and copies hold.", host.num_held_blocks
         yield "host_blocks_cached", "Blocks of host memory with cached prefixes.", host.num_cached_blocks

@@ -124,7 +124,7 @@ class _PinningSink:
             return
         try:
             self.pinned.set_result(self._keep())
-        except GraphLLMError as error:
+        except Exception as error:  # a defect of ours too: whoever waits for the pin has to hear of it
             self.pinned.set_exception(error)
 
     def fail(self, error: GraphLLMError) -> None:
@@ -157,17 +157,25 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def chat_prefix(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+def chat_prefix(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, max_tokens: int | None = None
+) -> list[int]:
     """The tokens that every chat begins with that begins with these messages.
 
     What follows may change the last of them, and some templates refuse a chat without a user: so two chats
-    that go on differently are compared. Raises InvalidRequestError.
+    that go on differently are compared. `max_tokens` bounds the chats, and with them the work.
+
+    Raises InvalidRequestError, ContextLengthError.
     """
     if not messages:
         raise InvalidRequestError("The prefix has no messages.", param="messages")
     next_role = "assistant" if messages[-1]["role"] == "user" else "user"
     one, other = (
-        tokenizer.encode_chat([*messages, {"role": next_role, "content": word}], add_generation_prompt=False)
+        tokenizer.encode_chat(
+            [*messages, {"role": next_role, "content": word}],
+            add_generation_prompt=False,
+            max_tokens=max_tokens,
+        )
         for word in ("Yes", "1")
     )
     num_common = next(

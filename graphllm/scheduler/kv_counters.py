@@ -10,7 +10,8 @@ class KVCounters:
     """Tokens and blocks; nothing here ever decreases.
 
     num_prefix_queries_tokens, num_prefix_hit_tokens: prompt tokens looked up in the prefix cache, and
-    found there. num_preemptions counts swaps and recomputations, num_recomputed the latter alone.
+    found there. num_preemptions counts swaps and recomputations; num_recomputed the latter, and swaps whose
+    KV was lost.
     num_offloaded_blocks: cached contents copied down to the host tier; num_fetched_blocks: copied up
     again for a prompt. num_voided_sequences: those that had read what a failed step should have written.
     """

@@ -61,9 +61,9 @@ def has_arrived(sequence: Sequence) -> bool:
     return sequence.transfer_id is None and bool(sequence.block_table)
 
 
-def is_at_rest(sequence: Sequence) -> bool:
-    """Whether a moved sequence's KV is on the host and stays there until it is brought back."""
-    return sequence.transfer_id is None and not sequence.block_table
+def is_away(sequence: Sequence) -> bool:
+    """Whether a moved sequence's KV is on the host or on its way there."""
+    return not sequence.block_table
 
 
 def _insert(ordered: list[Sequence], sequence: Sequence) -> None:

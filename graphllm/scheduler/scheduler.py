@@ -25,7 +25,7 @@ from graphllm.scheduler import invariants
 from graphllm.scheduler.kv_counters import KVCounters
 from graphllm.scheduler.preemption import Preemption, end_is_foreseen
 from graphllm.scheduler.prefix_sharing import NO_HIT, PinnedPrefix, PrefixHit, PrefixSharing
-from graphllm.scheduler.queues import Queues, has_arrived, is_at_rest
+from graphllm.scheduler.queues import Queues, has_arrived, is_away
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.scheduler.step_builder import StepBuilder
 from graphllm.scheduler.tiers import ConstantRates, SwapInOutcome, Tiers, TransferPredictor, forget_computed
@@ -246,11 +246,16 @@ class Scheduler:
 
     @property
     def unused_share(self) -> float:
-        """Allocated KV positions of running sequences that hold no token, over all that are held."""
-        held = self.block_manager.num_held_blocks * self.block_manager.block_size
+        """Allocated KV positions that hold no token and are kept for one, over all that are held."""
         size = self.block_manager.block_size
-        unused = sum(len(each.block_table) * size - each.num_computed_tokens for each in self.running)
-        return unused / held if held else 0.0
+        unused: dict[int, int] = {}  # by last block, which siblings share until they write to it
+        for each in (*self.running, *self.moved):
+            if each.block_table:
+                spare = len(each.block_table) * size - each.num_computed_tokens
+                last = each.block_table[-1]
+                unused[last] = min(spare, unused.get(last, spare))
+        held = self.block_manager.num_held_blocks * size
+        return sum(unused.values()) / held if held else 0.0
 
     def check(self, full: bool = True) -> None:
         """Prove the invariants of blocks, slots and queues; not `full`: of what the last step touched.
@@ -315,7 +320,7 @@ class Scheduler:
     def _admit(self, step: StepBuilder) -> None:
         """Start waiting and swapped sequences, in order, while slots, blocks and the token budget last."""
         while step.budget > 0 and step.has_slot:
-            swapped = next((each for each in self.moved if is_at_rest(each)), None)
+            swapped = next((each for each in self.moved if is_away(each)), None)
             waiting = self.waiting[0] if self.waiting else None
             if swapped is not None and (waiting is None or swapped.group.order <= waiting.group.order):
                 if not self._swap_in(swapped):
@@ -345,7 +350,8 @@ class Scheduler:
 
     def _count_cached(self, sequence: Sequence, num_cached_tokens: int) -> None:
         """Note how much of a prompt was cached; not when a preempted sequence finds itself again."""
-        if sequence.num_preemptions == 0 and self.limits.enable_prefix_caching:
+        was_asked = self.limits.enable_prefix_caching and not sequence.group.skips_prefix_lookup
+        if was_asked and sequence.num_preemptions == 0:
             sequence.num_cached_tokens = num_cached_tokens
             self.counters.num_prefix_queries_tokens += len(sequence.token_ids)
             self.counters.num_prefix_hit_tokens += num_cached_tokens
@@ -373,7 +379,7 @@ class Scheduler:
         )
 
     def _swap_in(self, sequence: Sequence) -> bool:
-        """Bring the oldest swapped sequence back; False when it has to wait for room or its last step."""
+        """Bring the oldest swapped sequence back; False when it waits for room, a step or its copy out."""
         num_spare_blocks = 0 if self._is_alone() else len(self.running) + 1
         outcome = self.tiers.swap_in(sequence, num_spare_blocks=num_spare_blocks)
         if outcome is SwapInOutcome.LOST:

@@ -173,7 +173,7 @@ class Tiers:
         remain for others.
         """
         manager, prefixes = self._manager, self._prefixes
-        if sequence.swapped_at_step > manager.completed_step:
+        if sequence.transfer_id is not None or sequence.swapped_at_step > manager.completed_step:
             return SwapInOutcome.NO_ROOM
         assert sequence.num_in_flight_tokens == 0, "a step that has ended was not applied"
         sources: list[int | None] = []  # None: shared from the device
@@ -217,7 +217,7 @@ class Tiers:
 
     def drop_host_blocks(self, sequence: Sequence) -> None:
         """The sequence needs its host copies no more."""
-        self.host.release(entry for entry in sequence.host_blocks if isinstance(entry, int))
+        self.host.release(entry for entry in reversed(sequence.host_blocks) if isinstance(entry, int))
         sequence.host_blocks = []
 
     # -- the prefix cache's cold end --------------------------------------------------------------
@@ -254,7 +254,9 @@ class Tiers:
         if host.num_cache_blocks == 0:
             return
         low = max(manager.num_usable_blocks // _LOW_FREE_SHARE, num_spare_blocks)
-        num_wanted = low - manager.num_lossless_blocks
+        # Copies under way will be lossless room when they have ended: slow ones must not bring more of them.
+        under_way = (each for each in self._transfers.values() if each.purpose is _Purpose.OFFLOAD)
+        num_wanted = low - manager.num_lossless_blocks - sum(len(each.device_blocks) for each in under_way)
         num_wanted = min(num_wanted, manager.num_free_blocks - num_spare_blocks, _MAX_OFFLOADED_AT_ONCE)
         sources: list[int] = []
         targets: list[int] = []
@@ -294,8 +296,9 @@ class Tiers:
             self._manager.release(transfer.device_blocks, backed=not failed)
             self.host.release(transfer.host_blocks)
             return
+        # The last block first on both tiers, so that leaves are given up before roots.
         self._manager.release(reversed(transfer.device_blocks))
-        self.host.release(transfer.host_blocks)
+        self.host.release(reversed(transfer.host_blocks))
         sequence = transfer.sequence
         if sequence is None or sequence.transfer_id != transfer_id:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ def test_a_text_or_token_ids_can_be_pinned(server: ServerProcess, prompt: Any) -
         ({"prompt": "a" * 40, "cache_salt": ""}, "cache_salt"),
         ({"prompt": "a" * 40, "pin": True}, "pin"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "a" * 9000}]}, "messages"),
     ],
 )
 def test_what_cannot_be_pinned_is_a_clear_400(server: ServerProcess, body: Any, param: str) -> None:
@@ -123,3 +126,11 @@ def test_what_cannot_be_pinned_is_a_clear_400(server: ServerProcess, body: Any, 
 def test_admin_routes_need_the_key(server: ServerProcess, method: str) -> None:
     path = "/admin/prefixes/x" if method == "DELETE" else "/admin/prefixes"
     assert server.request(method, path, {} if method == "POST" else None).status == 401
+
+
+def test_a_page_in_a_browser_cannot_pin_as_a_simple_request(server: ServerProcess) -> None:
+    with contextlib.closing(server.connect()) as connection:  # no Content-Type, as a page's typeless Blob
+        connection.request("POST", "/admin/prefixes", json.dumps({"prompt": "a" * 64}), AUTHORIZED)
+        answer = connection.getresponse()
+        assert answer.status == 400
+        assert "Content-Type" in json.loads(answer.read())["error"]["message"]

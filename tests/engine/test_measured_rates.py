@@ -22,8 +22,23 @@ def test_the_first_measurement_takes_the_place_of_the_guess_and_later_ones_move_
     assert rates.seconds_to_copy(10) == pytest.approx(1e-3)
     rates.observe_copy(4, 0.8)
     assert rates.seconds_to_copy(10) == pytest.approx(2.0)
-    rates.observe_copy(10, 1.0)
-    assert rates.seconds_to_copy(10) == pytest.approx(1.8)
+    rates.observe_copy(4, 0.4)
+    assert rates.seconds_to_copy(10) == pytest.approx(1.5, rel=0.01)
+    for _ in range(100):
+        rates.observe_copy(100, 5.0)
+    assert rates.seconds_to_copy(10) == pytest.approx(0.5, rel=0.01)
+
+
+def test_small_copies_and_short_prompts_do_not_hide_what_a_long_prefix_costs() -> None:
+    rates = MeasuredRates(bytes_per_block=10**6)
+    for _ in range(3):
+        rates.observe_step(step(2_000), 0.2)
+        rates.observe_copy(500, 0.05)
+        for _ in range(10):
+            rates.observe_step(step(1, 10), 0.01)
+            rates.observe_copy(1, 1e-3)
+    assert rates.seconds_to_prefill(2_000) == pytest.approx(0.2, rel=0.5)
+    assert rates.seconds_to_copy(500) == pytest.approx(0.05, rel=0.5)
 
 
 def test_only_steps_that_are_mostly_prompt_tell_what_a_prompt_costs() -> None:
@@ -33,8 +48,8 @@ def test_only_steps_that_are_mostly_prompt_tell_what_a_prompt_costs() -> None:
     rates.observe_step(step(*[1] * 60, 40), 50.0)
     rates.observe_step(step(1, 1, 1), 50.0)
     assert rates.seconds_to_prefill(200) == pytest.approx(2.0)
-    rates.observe_step(step(1, 50), 1.0)
-    assert rates.seconds_to_prefill(200) == pytest.approx(2.4)
+    rates.observe_step(step(1, 100), 2.0)
+    assert rates.seconds_to_prefill(200) == pytest.approx(3.0, rel=0.01)
 
 
 def test_no_rows_say_nothing() -> None:

@@ -89,6 +89,21 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(tiny_model: Path) -> Non
     asyncio.run(scenario())
 
 
+def test_whoever_waits_for_a_pin_hears_of_a_defect_of_ours(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*arguments: Any) -> None:
+        raise KeyError("a defect")
+
+    async def scenario() -> None:
+        async with running_engine(tiny_model, **SMALL) as engine:
+            monkeypatch.setattr(engine._loaded.model.scheduler, "pin", explode)
+            with pytest.raises(KeyError, match="a defect"):
+                await asyncio.wait_for(engine.pin_prefix(PREFIX), timeout=10)
+
+    asyncio.run(scenario())
+
+
 def test_a_prefix_belongs_to_its_salt(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running_engine(tiny_model, **SMALL) as engine:

@@ -79,6 +79,7 @@ def test_request_that_needs_every_position_looks_nothing_up_but_publishes() -> N
     simulation = caching()
     run_alone(simulation, prompt(20))
     assert run_alone(simulation, prompt(20), skips_prefix_lookup=True).sequences[0].num_cached_tokens == 0
+    assert simulation.scheduler.counters.num_prefix_queries_tokens == 20
     run_alone(simulation, prompt(20, salt=3), skips_prefix_lookup=True)
     assert run_alone(simulation, prompt(20, salt=3)).sequences[0].num_cached_tokens == 16
     simulation.assert_all_as_expected()
@@ -233,6 +234,19 @@ def test_evicted_prefix_comes_back_from_the_host() -> None:
     assert group.sequences[0].num_cached_tokens == 28
     simulation.assert_all_as_expected()
     simulation.assert_nothing_held()
+
+
+def test_host_gives_up_a_fetched_prefix_from_its_end() -> None:
+    simulation = offloading()
+    for salt in range(6):
+        run_alone(simulation, prompt(32, salt=salt))
+    group = run_alone(simulation, prompt(32))
+    assert simulation.scheduler.counters.num_fetched_blocks > 2
+    host = simulation.host_tier
+    coldest_first = list(host._cached)
+    found = [host.find(content_hash) for content_hash in group.sequences[0].block_hashes]
+    places = [coldest_first.index(block) for block in found if block is not None]
+    assert len(places) > 2 and places == sorted(places, reverse=True)
 
 
 def test_prefix_is_computed_when_that_is_sooner_than_copying_it() -> None:

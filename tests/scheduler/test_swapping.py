@@ -224,6 +224,32 @@ def test_oldest_is_never_overtaken_by_those_that_wait() -> None:
     assert ended == simulation.groups
 
 
+def test_newcomer_does_not_overtake_a_sequence_on_its_way_to_the_host() -> None:
+    simulation = crowded()
+    run_until_swapped(simulation)
+    (victim,) = simulation.scheduler.moved
+    simulation.scheduler.abort(simulation.groups[0])
+    newcomer = simulation.add(prompt(4, salt=9), max_tokens=4)
+    while simulation.device.queue:
+        simulation.complete()
+    assert victim.transfer_id is not None, "the copy is late"
+    simulation.launch()
+    assert newcomer.sequences[0] in simulation.scheduler.waiting
+    simulation.run()
+    simulation.assert_all_as_expected()
+    simulation.assert_nothing_held()
+
+
+def test_unused_share_counts_a_block_that_siblings_share_once() -> None:
+    simulation = Simulation(num_blocks=33, block_size=4)
+    simulation.add(prompt(5), n=6, max_tokens=8)
+    simulation.launch()
+    assert simulation.manager.num_held_blocks == 2
+    assert simulation.scheduler.unused_share == 3 / 8
+    simulation.run()
+    assert simulation.scheduler.unused_share == 0.0
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_unused_share_of_a_chat_like_mix_is_small(seed: int) -> None:
     """Prompts of about 400 tokens and answers of about 200, in blocks of 16."""

@@ -48,7 +48,7 @@ class PrefixRoutes:
     def pin(self, request: Request, response: Response) -> None:
         """Answers when the prefix is computed. Raises GraphLLMError for what is wrong with the body."""
         self._engine.check_ready()
-        check_content_type(request)
+        check_content_type(request, is_required=True)
         fields = self._decoder.decode(request.body)
         token_ids = self._token_ids(fields)
         if fields.cache_salt == "":
@@ -83,7 +83,8 @@ class PrefixRoutes:
         assert fields.messages is not None
         if tokenizer.chat_template is None:
             raise InvalidRequestError("This model has no chat template; give 'prompt'.", param="messages")
-        return chat_prefix(template_messages(fields.messages, tokenizer.chat_template.source), tokenizer)
+        messages = template_messages(fields.messages, tokenizer.chat_template.source)
+        return chat_prefix(messages, tokenizer, max_tokens=max_model_len)
 
     async def _pin(self, token_ids: list[int], cache_salt: str | None, *, response: Response) -> None:
         try:

@@ -75,13 +75,15 @@ class ServedModel:
         reply.submit(prompts, params, cache_salt=fields.checked_cache_salt())
 
 
-def check_content_type(request: Request) -> None:
-    """Raises InvalidRequestError for a body that says it is no JSON."""
+def check_content_type(request: Request, *, is_required: bool = False) -> None:
+    """Raises InvalidRequestError for a body that says it is no JSON, or (where required) says nothing."""
     # Anything else is refused, so that a page in the user's browser cannot post to a local server
     # as a "simple" request.
     content_type = request.headers.get("content-type")
-    if content_type is None:
+    if content_type is None and not is_required:
         return
+    if content_type is None:
+        raise InvalidRequestError("The Content-Type must be given, and be application/json.")
     media_type = content_type.split(";")[0].strip().lower()
     if media_type != "application/json":
         raise InvalidRequestError(
