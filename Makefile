@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --quiet -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-# exec: Ctrl-C reaches the server, which drains and exits with 0.
+# exec: Ctrl-C reaches the server, which drains and exits with 0 (make itself then reports 130).
 serve: setup
 	@exec $(BIN)/python -m graphllm --model "$(MODEL)" --port "$(PORT)" $(ARGS)
 

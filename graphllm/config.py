@@ -49,6 +49,25 @@ _CARD_GIB = {
 }
 
 
+# Compute capabilities, which say what numbers a card calculates with; of an unknown card, the least with FP8.
+_CARD_CAPABILITY = {
+    "a10g": (8, 6),
+    "a100-40": (8, 0),
+    "a100-80": (8, 0),
+    "b200": (10, 0),
+    "h100": (9, 0),
+    "h100-nvl": (9, 0),
+    "h200": (9, 0),
+    "l4": (8, 9),
+    "l40s": (8, 9),
+    "rtx-3090": (8, 6),
+    "rtx-4090": (8, 9),
+    "rtx-5090": (12, 0),
+}
+_UNKNOWN_CARD_CAPABILITY = (8, 9)
+_SMALLEST_CARD_BYTES = 1024**3
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -68,15 +87,35 @@ def parse_bytes(text: str) -> int:
 
 def parse_card(text: str) -> int:
     """The name of a card, or a size, to the bytes of its memory. Raises ConfigError."""
-    gib = _CARD_GIB.get(text.strip().lower().replace(" ", "-"))
+    gib = _CARD_GIB.get(_card_name(text))
     if gib is not None:
         return int(gib * 1024**3)
     try:
-        return parse_bytes(text)
+        num_bytes = parse_bytes(text)
     except ConfigError:
         raise ConfigError(
             f"{text!r} is neither a card that is known ({', '.join(_CARD_GIB)}) nor a size such as 24GiB."
         ) from None
+    if num_bytes < _SMALLEST_CARD_BYTES:
+        raise ConfigError(f"{text!r} is {num_bytes} bytes, too little for a card; write for example 24GiB.")
+    return num_bytes
+
+
+def card_capability(text: str) -> tuple[int, int]:
+    """The compute capability of a card by its name; a card known by its size alone has FP8."""
+    return _CARD_CAPABILITY.get(_card_name(text), _UNKNOWN_CARD_CAPABILITY)
+
+
+def _card_name(text: str) -> str:
+    return text.strip().lower().replace(" ", "-")
+
+
+def parse_gib(text: str) -> float:
+    """`"4"` (GiB) or `"512MiB"` to GiB. Raises ConfigError."""
+    try:
+        return float(text)
+    except ValueError:
+        return parse_bytes(text) / 1024**3
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -154,11 +193,13 @@ class EngineConfig:
         None,
         "GiB of host memory that preempted sequences are moved to, instead of being computed again; by "
         "default 4 on CUDA, and 0 on a CPU, whose KV cache is host memory already.",
+        parse=parse_gib,
         metavar="GIB",
     )
     kv_offloading_size: float = option(
         0.0,
         "GiB of host memory for cached prefixes that no longer fit in the KV cache; 0 drops them.",
+        parse=parse_gib,
         metavar="GIB",
     )
     pin_prefix: tuple[str, ...] | None = option(

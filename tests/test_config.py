@@ -10,8 +10,10 @@ from graphllm.config import (
     EngineConfig,
     PlanConfig,
     ServerConfig,
+    card_capability,
     parse_bytes,
     parse_card,
+    parse_gib,
     parse_path,
     parse_sizes,
 )
@@ -178,3 +180,20 @@ def test_an_empty_path_is_refused() -> None:
     assert parse_path("a b.txt") == ("a b.txt",)
     with pytest.raises(ConfigError, match="empty path"):
         parse_path("")
+
+
+@pytest.mark.parametrize("text", ["0GiB", "24", "1MiB"])
+def test_a_size_that_no_card_has_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="too little for a card; write for example 24GiB"):
+        parse_card(text)
+
+
+@pytest.mark.parametrize(("text", "gib"), [("4", 4.0), ("0.5", 0.5), ("512MiB", 0.5), ("1GiB", 1.0)])
+def test_host_memory_is_a_number_of_gib_or_a_size(text: str, gib: float) -> None:
+    assert parse_gib(text) == gib
+
+
+def test_cards_are_known_by_what_they_calculate_with() -> None:
+    assert card_capability("A100 80") == (8, 0)
+    assert card_capability("h100") == (9, 0)
+    assert card_capability("24GiB") >= (8, 9), "an unknown card is not refused what most have"

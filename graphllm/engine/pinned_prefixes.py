@@ -77,15 +77,17 @@ class PinnedPrefixes:
             raise InvalidRequestError("Prefixes are cached with --enable-prefix-caching only.")
         if num_blocks == 0:
             raise InvalidRequestError(
-                f"The prefix has {num_tokens} tokens; whole blocks of "
-                f"{self._scheduler.block_manager.block_size} are kept.",
+                f"The prefix has {num_tokens} tokens, but needs at least one whole block of "
+                f"{self._scheduler.block_manager.block_size}.",
                 param="prompt",
             )
-        self._check_quota(num_blocks, num_pinned=0)
+        # What is pinned already may be this prefix's own beginning: that is found out when it is computed.
+        self._check_quota(num_blocks, num_pinned=self._scheduler.num_pinned_blocks, num_own=num_blocks)
 
-    def _check_quota(self, num_blocks: int, *, num_pinned: int) -> None:
+    def _check_quota(self, num_blocks: int, *, num_pinned: int, num_own: int = 0) -> None:
+        """Refuse a prefix that the quota has no room for; of the pinned blocks `num_own` may be its own."""
         quota = self._scheduler.limits.max_pinned_blocks
-        if num_pinned + num_blocks > quota:
+        if max(0, num_pinned - num_own) + num_blocks > quota:
             size = self._scheduler.block_manager.block_size
             raise InvalidRequestError(
                 f"The prefix needs {num_blocks * size} tokens of KV cache; pinned prefixes may take "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphllm.cache.kv_cache import KVCacheShape, resolve_kv_dtype
-from graphllm.config import EngineConfig, PlanConfig, parse_card
+from graphllm.config import EngineConfig, PlanConfig, card_capability, parse_card
 from graphllm.errors import ConfigError
 from graphllm.models.checkpoint import resolve_model_path
 from graphllm.models.config import ModelConfig, resolve_dtype
@@ -121,7 +121,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
-        dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype),
+        dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=card_capability(plan_config.gpu)),
     )
     limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
     weights = weight_bytes(model_config, dtype)

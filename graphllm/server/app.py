@@ -171,6 +171,12 @@ class ServingProcess:
         if self._failed.is_set():
             return await self._stop_failed()
         was_cut = not draining.done()
+        if not was_cut and not draining.result():
+            logger.warning(
+                "cut %d running requests after %g s (--drain-timeout)",
+                self.engine.num_unfinished_requests,
+                self._config.drain_timeout,
+            )
         draining.cancel()
         await self.engine.stop()
         logger.info("stopped")
