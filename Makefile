@@ -44,7 +44,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --progress-bar on $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	@echo "Installing graphllm and its other packages (a minute or so)"
 	@$(BIN)/python -c '$(OUR_PINS)' > $(VENV)/constraints.txt
-	@$(PIP) --quiet -c $(VENV)/constraints.txt -e '.[dev]'
+	@# compat: a path entry, which a folder called graphllm in the working directory does not shadow.
+	@$(PIP) --quiet -c $(VENV)/constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch $(STAMP)
 
 # exec: Ctrl-C reaches the server, which drains and exits with 0 (make itself then reports 130).

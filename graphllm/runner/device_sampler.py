@@ -77,11 +77,11 @@ def sample_on_device(
     """
     assert masks is None or kind is not SamplerKind.GREEDY, "the greedy sampler knows no masks"
     if not runs_triton(logits):
-        _sample_by_reference(
+        sample_by_reference(
             logits,
             slots=slots,
             tables=tables,
-            kind=kind,
+            variant=_widest_variant(kind),
             token_table=token_table,
             lengths=lengths,
             results=results,
@@ -155,26 +155,19 @@ def _report_logprobs(logits: Tensor, rows: SampledRows, *, results: SampleResult
     )
 
 
-def _sample_by_reference(
+def sample_by_reference(
     logits: Tensor,
     *,
     slots: Tensor,
     tables: SamplingTables,
-    kind: SamplerKind,
+    variant: SamplerVariant,
     token_table: Tensor,
     lengths: Tensor,
     results: SampleResults,
-    masks: Tensor | None,
-    lines: Tensor | None,
+    masks: Tensor | None = None,
+    lines: Tensor | None = None,
 ) -> None:
-    is_general = kind is not SamplerKind.GREEDY
-    variant = SamplerVariant(
-        penalties=is_general,
-        bias=is_general,
-        random=is_general,
-        filters=is_general,
-        num_logprobs=MAX_LOGPROBS if kind is SamplerKind.LOGPROBS else None,
-    )
+    """`sample_on_device` by the specification, for exactly the operations of `variant`."""
     if lines is None:
         lines = torch.arange(slots.numel(), device=slots.device)
     sampled = sample(
@@ -197,3 +190,15 @@ def _sample_by_reference(
     results.top_logprobs[lines, :width] = sampled.top_logprobs
     results.top_ids[lines, width:] = 0
     results.top_logprobs[lines, width:] = float("-inf")
+
+
+def _widest_variant(kind: SamplerKind) -> SamplerVariant:
+    """Everything that a captured sampler of this kind is ready for."""
+    is_general = kind is not SamplerKind.GREEDY
+    return SamplerVariant(
+        penalties=is_general,
+        bias=is_general,
+        random=is_general,
+        filters=is_general,
+        num_logprobs=MAX_LOGPROBS if kind is SamplerKind.LOGPROBS else None,
+    )

@@ -18,8 +18,8 @@ from graphllm.cache.kv_cache import KVCache
 from graphllm.kernels.step_inputs import step_inputs
 from graphllm.kernels.triton_support import runs_triton
 from graphllm.models.decoder import Decoder
-from graphllm.runner.device_sampler import sample_on_device
-from graphllm.runner.sampler import SamplerKind, SamplerVariant, sample
+from graphllm.runner.device_sampler import sample_by_reference, sample_on_device
+from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.step_buffers import StepBuffers
 
 
@@ -108,13 +108,13 @@ class StepProgram:
 
     def sample_by_reference(self, num_pairs: int, variant: SamplerVariant) -> None:
         """`sample` where no kernels run, for exactly the operations that the pairs need."""
-        self._sample_by_reference(None, self.buffers.pair_slots(num_pairs), variant=variant, masks=None)
+        self._sample_by_reference(self.buffers.pair_slots(num_pairs), variant, lines=None, masks=None)
 
     def sample_subset_by_reference(self, num_pairs: int, variant: SamplerVariant, *, masked: bool) -> None:
         """`sample_subset` where no kernels run."""
         lines, slots = self.buffers.subset[:, :num_pairs].unbind()
         masks = self.buffers.masks[:num_pairs] if masked else None
-        self._sample_by_reference(lines, slots, variant=variant, masks=masks)
+        self._sample_by_reference(slots, variant, lines=lines, masks=masks)
 
     @property
     def runs_kernels(self) -> bool:
@@ -145,29 +145,21 @@ class StepProgram:
 
     def _sample_by_reference(
         self,
-        lines: torch.Tensor | None,
         slots: torch.Tensor,
-        *,
         variant: SamplerVariant,
+        *,
+        lines: torch.Tensor | None,
         masks: torch.Tensor | None,
     ) -> None:
         buffers = self.buffers
-        where: slice | torch.Tensor = slice(0, len(slots)) if lines is None else lines
-        sampled = sample(
-            buffers.logits[where],
+        sample_by_reference(
+            buffers.logits,
             slots=slots,
             tables=buffers.sampling,
             variant=variant,
             token_table=buffers.token_table,
             lengths=buffers.num_computed_tokens,
-            mask=masks,
+            results=buffers.results,
+            masks=masks,
+            lines=lines,
         )
-        positions = buffers.num_computed_tokens[slots]
-        buffers.token_table[slots, positions] = sampled.token_ids.int()
-        buffers.results.token_ids[where] = sampled.token_ids
-        if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
-            return
-        width = sampled.top_ids.shape[1]
-        buffers.results.logprobs[where] = sampled.logprobs
-        buffers.results.top_ids[where, :width] = sampled.top_ids
-        buffers.results.top_logprobs[where, :width] = sampled.top_logprobs
