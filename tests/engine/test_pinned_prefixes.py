@@ -64,7 +64,7 @@ def test_a_pinned_prefix_survives_what_evicts_an_unpinned_one(tiny_model: Path) 
 def test_what_cannot_be_kept_is_refused_with_the_reason(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running_engine(tiny_model, **SMALL) as engine:
-            with pytest.raises(InvalidRequestError, match="7 tokens, but needs at least .* of 8"):
+            with pytest.raises(InvalidRequestError, match=r"7 tokens, but needs at least .* of 8"):
                 await engine.pin_prefix([1] * 7)
             with pytest.raises(InvalidRequestError, match=r"needs 88 tokens.* may take 80"):
                 await engine.pin_prefix(list(range(88)))
