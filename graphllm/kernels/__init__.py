@@ -1,1 +1,1 @@
-"""One operation a file: formula, plain-torch reference, later the Triton kernel."""
+"""One operation a file: formula, plain-torch reference, Triton kernel, launcher."""
