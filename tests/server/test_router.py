@@ -25,6 +25,9 @@ def make_router() -> Router:
     router.add("GET", "/v1/models/special", named("special"))
     router.add("GET", "/v1/models/sub/{rest:path}", named("sub"))
     router.add("POST", "/v1/chat/completions", named("chat"))
+    router.add("GET", "/v1/things/{id}", named("thing"))
+    router.add("GET", "/v1/things/{id}/parts", named("parts"))
+    router.add("POST", "/v1/things/{id}/cancel", named("cancel"))
     return router
 
 
@@ -58,6 +61,11 @@ def ask(method: str, target: bytes) -> Answer:
         ("GET", b"/v1/models/sub/a/b", "sub rest=a/b"),
         ("DELETE", b"/v1/models/special/x", "delete model_id=special/x"),
         ("POST", b"/v1/chat/completions", "chat "),
+        ("GET", b"/v1/things/a", "thing id=a"),
+        ("GET", b"/v1/things/a%2Fb", "thing id=a/b"),
+        ("GET", b"/v1/things/a/parts", "parts id=a"),
+        ("GET", b"/v1/things/parts", "thing id=parts"),
+        ("POST", b"/v1/things/a%20b/cancel", "cancel id=a b"),
     ],
 )
 def test_request_reaches_its_handler(method: str, target: bytes, body: str) -> None:
@@ -76,6 +84,10 @@ def test_request_reaches_its_handler(method: str, target: bytes, body: str) -> N
         b"/v1/%6dodels",
         b"//v1/models",
         b"/v1%2Fmodels",
+        b"/v1/things/",
+        b"/v1/things/a/",
+        b"/v1/things/a/b/parts",
+        b"/v1/things//parts",
     ],
 )
 def test_unknown_path_is_a_404_that_names_it(target: bytes) -> None:
@@ -92,6 +104,7 @@ def test_unknown_path_is_a_404_that_names_it(target: bytes) -> None:
         ("GET", b"/v1/chat/completions", "POST"),
         ("HEAD", b"/v1/chat/completions", "POST"),
         ("PUT", b"/v1/models/x", "DELETE, GET, HEAD"),
+        ("GET", b"/v1/things/a/cancel", "POST"),
     ],
 )
 def test_other_method_is_a_405_that_says_which_are_allowed(method: str, target: bytes, allow: str) -> None:
@@ -114,7 +127,16 @@ def test_parameter_that_is_not_percent_encoded_utf8_is_a_400(target: bytes) -> N
 
 @pytest.mark.parametrize(
     "pattern",
-    ["", "v1", "/a/{b}", "/a/{b:path}/c", "/{a:path}{b:path}", "/v1/models", "/v1/models/{other:path}"],
+    [
+        "",
+        "v1",
+        "/a/{b:path}/c",
+        "/a/{b}c",
+        "/a/{b}/{c}",
+        "/{a:path}{b:path}",
+        "/v1/models",
+        "/v1/models/{other:path}",
+    ],
 )
 def test_malformed_or_repeated_route_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"path|handler|parameter"):
