@@ -5,10 +5,11 @@ Pure Python values: no tensors, no device. The scheduler and the runner meet onl
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from graphllm.outputs import TokenLogprob
+from graphllm.outputs import PromptScores, TokenLogprob
 from graphllm.sequence import Sequence
 
 
@@ -39,13 +40,17 @@ class BlockAppend:
 
 @dataclass(frozen=True, slots=True)
 class SamplePair:
-    """The logits of a row feed one slot; `generation` dates the slot's owner."""
+    """The logits of a row feed one slot; `generation` dates the slot's owner.
+
+    held: the host decides which tokens may come next, so it is sampled apart from the forward, by
+    `StepHandle.sample`, when every token before is known.
+    """
 
     row: int
     sequence: Sequence
     slot: int
     generation: int
-    held: bool = False  # sampled by StepHandle.sample(masks), not with the forward
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,20 @@ class ScheduledRow:
     sequence: Sequence
     slot: int
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSpan:
+    """Tokens of a prompt whose logprobs a step reports: `num_tokens`, the first of them at `position`.
+
+    The step computes the tokens one before each, which are those of a row from its `offset` on.
+    """
+
+    row: int
+    sequence: Sequence
+    offset: int
+    num_tokens: int
+    position: int
 
 
 class TransferDirection(Enum):
@@ -85,6 +104,7 @@ class ScheduledBatch:
     Order on the device: slot installs, block appends, block copies, forward, sample. `copies` are
     (source block, destination block), independent of each other. `pairs` lists what is sampled; a row
     in the middle of its prefill has none, the last row of a prompt has one for each sequence of its group.
+    `spans` lists what of prompts is scored, behind all that. `pools`: some pair's hidden state is wanted.
     """
 
     step_id: int
@@ -94,6 +114,8 @@ class ScheduledBatch:
     installs: list[SlotInstall] = field(default_factory=list)
     block_appends: list[BlockAppend] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[ScoredSpan] = field(default_factory=list)
+    pools: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -104,9 +126,12 @@ class ScheduledBatch:
 class StepResult:
     """What a step sampled, aligned with its batch's `pairs`.
 
-    `logprobs[i]` is None for pairs that asked for none.
+    `logprobs[i]` is None for pairs that asked for none. scores: aligned with the batch's `spans`. embeddings:
+    for the pairs of pooling requests, by their index, [hidden_size] float32.
     """
 
     step_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
+    scores: list[PromptScores] = field(default_factory=list)
+    embeddings: dict[int, array[float]] = field(default_factory=dict)

@@ -102,6 +102,18 @@ class EngineUnavailableError(GraphLLMError):
     default_code = "engine_unavailable"
 
 
+class NoAllowedTokenError(InvalidRequestError):
+    """What the request asks for leaves no token that may come next, in the midst of its answer (400)."""
+
+    default_code = "no_allowed_token"
+
+
+class ConstraintViolation(GraphLLMError):
+    """A sampled token was not one that the request's constraint allows: a defect of ours (500)."""
+
+    default_code = "constraint_violation"
+
+
 class StepFailedError(GraphLLMError):
     """A device step that carried this request failed (500); other requests go on."""
 

@@ -3,17 +3,15 @@
     with LLM("demo") as llm:
         print(llm.generate("The capital of France is")[0].outputs[0].text)
 
-Owns the shapes that vLLM users know, the event loop that the engine runs on while a call waits, and
-a bounded admission: a long list of prompts is tokenized as sequences finish, not all up front.
-Nothing runs between calls.
+Owns the calls that vLLM users know and the event loop that the engine runs on while one of them waits.
+Nothing runs between calls. A call's way through the engine is `offline.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,13 +21,13 @@ from tqdm import tqdm
 from graphllm.config import EngineConfig
 from graphllm.engine.engine import Engine
 from graphllm.errors import GraphLLMError, InvalidRequestError
-from graphllm.outputs import CompletionOutput, RequestOutput, SequenceDelta
+from graphllm.offline import EmbedJob, GenerateJob, OfflineJob, Output, Prompt
+from graphllm.outputs import EmbeddingRequestOutput, RequestOutput
 from graphllm.sampling_params import SamplingParams
 
 tqdm.monitor_interval = 0  # its monitor is a thread
 
 T = TypeVar("T")
-Prompt = str | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
 
 # What vLLM and /v1/completions generate for a prompt whose parameters are not given.
@@ -115,6 +113,27 @@ class LLM:
         # The template has written the special tokens itself.
         return self._generate(entries, params, use_tqdm=use_tqdm, add_special_tokens=False)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, normalize: bool = True, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, in `outputs.embedding`: the hidden state of its last token behind the
+        model's last norm, [hidden_size] numbers, divided by its length with `normalize`.
+
+        Prompts are as in `generate`, and may fill the whole context.
+
+        Raises InvalidRequestError for a prompt that cannot work; nothing is returned then.
+        """
+        entries = _as_prompts(prompts)
+        with self._progress(len(entries), use_tqdm=use_tqdm) as bar:
+            job = EmbedJob(
+                self._engine,
+                self._next_name(),
+                prompts=entries,
+                normalizes=normalize,
+                bar=bar,
+            )
+            return self._finish(job)
+
     def close(self) -> None:
         """Release the model and its memory. Closing again does nothing."""
         if self._loop is None:
@@ -137,19 +156,28 @@ class LLM:
     def _generate(
         self, prompts: list[Prompt], params: list[SamplingParams], *, use_tqdm: bool, add_special_tokens: bool
     ) -> list[RequestOutput]:
-        self._num_calls += 1
-        with tqdm(
-            total=len(prompts), desc="Prompts", unit="prompt", disable=not use_tqdm or len(prompts) < 2
-        ) as bar:
-            job = _Job(
+        with self._progress(len(prompts), use_tqdm=use_tqdm) as bar:
+            job = GenerateJob(
                 self._engine,
-                f"offline-{self._num_calls}",
+                self._next_name(),
                 prompts=prompts,
                 params=params,
                 add_special_tokens=add_special_tokens,
                 bar=bar,
             )
-            outputs = self._run(job.run())
+            return self._finish(job)
+
+    def _next_name(self) -> str:
+        self._num_calls += 1
+        return f"offline-{self._num_calls}"
+
+    def _progress(self, num_prompts: int, *, use_tqdm: bool) -> Any:
+        is_hidden = not use_tqdm or num_prompts < 2
+        return tqdm(total=num_prompts, desc="Prompts", unit="prompt", disable=is_hidden)
+
+    def _finish(self, job: OfflineJob[Output]) -> list[Output]:
+        """The job's outputs. Raises KeyboardInterrupt when Ctrl-C came first."""
+        outputs = self._run(job.run())
         if outputs is None:
             raise KeyboardInterrupt
         return outputs
@@ -160,164 +188,6 @@ class LLM:
             raise RuntimeError("This LLM is closed.")
         with _outer_loop_set_aside():
             return self._loop.run_until_complete(work)
-
-
-class _Job:
-    """One call's prompts on their way through the engine."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        name: str,
-        *,
-        prompts: list[Prompt],
-        params: list[SamplingParams],
-        add_special_tokens: bool,
-        bar: Any,
-    ) -> None:
-        self._engine = engine
-        self._name = name
-        self._prompts = prompts
-        self._params = params
-        self._add_special_tokens = add_special_tokens
-        self._bar = bar
-        self._outputs: list[RequestOutput | None] = [None] * len(prompts)
-        self._num_submitted = 0
-        self._num_finished = 0
-        self._is_admitting = False
-        self._is_interrupted = False
-        # Enough that the scheduler always has a next sequence at hand.
-        self._max_unfinished = 2 * engine.config.max_num_seqs
-
-    async def run(self) -> list[RequestOutput] | None:
-        """Every prompt's output, or None when Ctrl-C came first. Raises what the engine refuses."""
-        loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = loop.create_future()
-        with _interrupts_to(self.interrupt, loop):
-            try:
-                self._admit()
-                await self._ended
-            finally:
-                for position in range(self._num_submitted):
-                    if self._outputs[position] is None:
-                        self._engine.abort(self._request_id(position))
-        if self._is_interrupted:
-            return None
-        return [output for output in self._outputs if output is not None]
-
-    def interrupt(self) -> None:
-        if not self._ended.done():
-            self._is_interrupted = True
-            self._ended.set_result(None)
-
-    def finish(self, position: int, output: RequestOutput) -> None:
-        self._outputs[position] = output
-        self._num_finished += 1
-        self._bar.update(1)
-        if not self._is_admitting and not self._ended.done():
-            # Not here: the engine is in the middle of a step's publishing.
-            self._is_admitting = True
-            asyncio.get_running_loop().call_soon(self._admit)
-
-    def fail(self, error: BaseException) -> None:
-        if not self._ended.done():
-            self._ended.set_exception(error)
-
-    def _admit(self) -> None:
-        """Submit prompts until enough are unfinished; end the job when all have finished."""
-        self._is_admitting = False
-        if self._ended.done():
-            return
-        try:
-            while (
-                self._num_submitted < len(self._prompts)
-                and self._num_submitted - self._num_finished < self._max_unfinished
-            ):
-                self._submit(self._num_submitted)
-                self._num_submitted += 1
-        except Exception as error:  # whatever a prompt does, the job must end
-            if len(self._prompts) > 1:
-                error.add_note(f"raised by prompt {self._num_submitted} of {len(self._prompts)}")
-            self.fail(error)
-        else:
-            if self._num_finished == len(self._prompts):
-                self._ended.set_result(None)
-
-    def _submit(self, position: int) -> None:
-        entry = self._prompts[position]
-        text: str | None
-        if isinstance(entry, Mapping) and "prompt_token_ids" in entry:
-            text, token_ids = entry.get("prompt"), list(entry["prompt_token_ids"])
-            if any(type(token_id) is not int for token_id in token_ids):
-                raise InvalidRequestError("prompt_token_ids must be integers.", param="prompt_token_ids")
-        else:
-            text = entry if isinstance(entry, str) else entry["prompt"]
-            token_ids = self._engine.tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
-        request_id, params = self._request_id(position), self._params[position]
-        sink = _CollectingSink(
-            self, position, request_id=request_id, prompt=text, prompt_token_ids=token_ids, params=params
-        )
-        self._engine.add(request_id, token_ids, params=params, sink=sink)
-
-    def _request_id(self, position: int) -> str:
-        return f"{self._name}-{position}"
-
-
-class _CollectingSink:
-    """Gathers one request's sequences into a `RequestOutput`."""
-
-    def __init__(
-        self,
-        job: _Job,
-        position: int,
-        *,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-    ) -> None:
-        self._job = job
-        self._position = position
-        self._texts: list[list[str]] = [[] for _ in range(params.n)]
-        self._output = RequestOutput(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=prompt_token_ids,
-            outputs=[
-                CompletionOutput(
-                    index=index,
-                    text="",
-                    token_ids=[],
-                    logprobs=None if params.logprobs is None else [],
-                    finish_reason=None,
-                    stop_reason=None,
-                )
-                for index in range(params.n)
-            ],
-            finished=False,
-        )
-
-    def write(self, delta: SequenceDelta) -> None:
-        output = self._output.outputs[delta.index]
-        self._texts[delta.index].append(delta.text)
-        output.token_ids.extend(delta.token_ids)
-        if output.logprobs is not None and delta.logprobs is not None:
-            output.logprobs.extend(delta.logprobs)
-        if delta.finish_reason is not None:
-            output.finish_reason = delta.finish_reason
-            output.stop_reason = delta.stop_reason
-
-    def flush(self) -> None:
-        """Nobody reads before the end."""
-
-    def finish(self) -> None:
-        for output, texts in zip(self._output.outputs, self._texts, strict=True):
-            output.text = "".join(texts)
-        self._output.finished = True
-        self._job.finish(self._position, self._output)
-
-    def fail(self, error: GraphLLMError) -> None:
-        self._job.fail(error)
 
 
 @contextlib.contextmanager
@@ -332,26 +202,6 @@ def _outer_loop_set_aside() -> Iterator[None]:
         yield
     finally:
         asyncio._set_running_loop(outer)
-
-
-@contextlib.contextmanager
-def _interrupts_to(callback: Callable[[], None], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Have the event loop call `callback` for Ctrl-C, which then never strikes inside a step.
-
-    Off the main thread, where no signal arrives, this does nothing.
-    """
-    earlier = signal.getsignal(signal.SIGINT)
-    try:
-        loop.add_signal_handler(signal.SIGINT, callback)
-    except (ValueError, RuntimeError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        if earlier is not None:
-            signal.signal(signal.SIGINT, earlier)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from graphllm.outputs import FinishReason
+from graphllm.constraint import TokenConstraint
+from graphllm.outputs import FinishReason, PromptLogprobs
 from graphllm.sampling_params import SamplingParams
 
 
@@ -40,11 +41,15 @@ class Sequence:
     skips_host_lookup: a copy from the host tier has failed; it computes its prompt instead.
     min_tokens_to_swap: it is not swapped again before this many tokens are computed.
     num_cached_tokens: prompt tokens that were found in the prefix cache when it first started.
+    num_unscored_tokens: the prompt's last tokens whose logprobs are wanted and no launched step reports.
+    constraint: decides on the host what it may sample, having accepted every confirmed output token; None
+        for most. The engine sets it before the sequence is scheduled.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
+        "constraint",
         "finish_reason",
         "first_token_time",
         "group",
@@ -59,6 +64,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_published_blocks",
         "num_swaps",
+        "num_unscored_tokens",
         "skips_host_lookup",
         "slot",
         "slot_generation",
@@ -83,6 +89,8 @@ class Sequence:
         self.num_preemptions = 0
         self.num_swaps = 0
         self.num_cached_tokens = 0
+        is_scored = group.prompt_logprobs is not None and index == 0
+        self.num_unscored_tokens = self.num_prompt_tokens - 1 if is_scored else 0
         self.block_hashes: list[bytes] = []
         self.num_published_blocks = 0
         self.host_blocks: list[int | bytes] = []
@@ -90,6 +98,7 @@ class Sequence:
         self.min_tokens_to_swap = 0
         self.swapped_at_step = 0
         self.skips_host_lookup = False
+        self.constraint: TokenConstraint | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.first_token_time: float | None = None
@@ -132,7 +141,9 @@ class SequenceGroup:
     `seed` is the request's own or one drawn at admission. `max_total_tokens` bounds prompt and
     output together, from `max_tokens` and the context. `cache_salt` keeps its blocks from requests with
     another salt; `skips_prefix_lookup` is for those that need something computed at every position.
-    `order` is its place among all requests, given by the scheduler.
+    A lower `priority` runs earlier; `order` numbers arrivals, given by the scheduler. With `pooling` the
+    hidden state of the prompt's last token is the answer. `prompt_logprobs`: where the prompt's logprobs
+    are gathered that `params` ask for, which no cached block can give.
     """
 
     __slots__ = (
@@ -141,6 +152,9 @@ class SequenceGroup:
         "max_total_tokens",
         "order",
         "params",
+        "pooling",
+        "priority",
+        "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
         "seed",
@@ -160,6 +174,8 @@ class SequenceGroup:
         arrival_time: float = 0.0,
         cache_salt: str | None = None,
         skips_prefix_lookup: bool = False,
+        priority: int = 0,
+        pooling: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -168,10 +184,25 @@ class SequenceGroup:
         self.max_total_tokens = max_total_tokens
         self.arrival_time = arrival_time
         self.cache_salt = cache_salt
-        self.skips_prefix_lookup = skips_prefix_lookup
+        self.prompt_logprobs: PromptLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = PromptLogprobs(prompt_token_ids, params.prompt_logprobs)
+        self.skips_prefix_lookup = skips_prefix_lookup or params.prompt_logprobs is not None
+        self.priority = priority
+        self.pooling = pooling
         self.order = 0
         self.siblings_joined = params.n == 1
         self.sequences = [Sequence(self, index) for index in range(params.n)]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Smaller runs earlier, and gives way later."""
+        return self.priority, self.order
+
+    @property
+    def generates(self) -> bool:
+        """False with max_tokens 0: the one token that is drawn, behind the prompt, is dropped and ends it."""
+        return self.params.max_tokens != 0
 
     @property
     def is_finished(self) -> bool:

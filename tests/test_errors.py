@@ -21,6 +21,8 @@ WIRE_FORMS = {
     "MethodNotAllowedError": (405, "invalid_request_error", "method_not_allowed"),
     "PayloadTooLargeError": (413, "invalid_request_error", "payload_too_large"),
     "EngineUnavailableError": (503, "service_unavailable", "engine_unavailable"),
+    "NoAllowedTokenError": (400, "invalid_request_error", "no_allowed_token"),
+    "ConstraintViolation": (500, "server_error", "constraint_violation"),
     "StepFailedError": (500, "server_error", "step_failed"),
 }
 # These end the process before there is anyone to send them to.

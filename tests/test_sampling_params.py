@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 
 from graphllm.errors import InvalidRequestError
 from graphllm.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
+    MAX_BAD_WORDS_LENGTH,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_SEED,
@@ -18,12 +22,13 @@ from graphllm.sampling_params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
+from graphllm.structured_outputs import StructuredOutputs
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 
 REFUSED: list[tuple[str, Any]] = [
     *[("n", value) for value in (0, -1, 129, 1.0, True, "1", None, HUGE)],
-    *[("max_tokens", value) for value in (0, -1, 1.5, True, "5")],
+    *[("max_tokens", value) for value in (-1, 1.5, True, "5")],
     *[("min_tokens", value) for value in (-1, 0.5, False, None)],
     *[("temperature", value) for value in (-0.1, 100.1, NAN, INF, -INF, "1", True, None)],
     *[("top_k", value) for value in (-2, 1.0, True, None)],
@@ -34,6 +39,14 @@ REFUSED: list[tuple[str, Any]] = [
     *[("presence_penalty", value) for value in (-2.1, 2.1, NAN, None)],
     *[("frequency_penalty", value) for value in (-2.1, 2.1, NAN, None)],
     *[("logprobs", value) for value in (-1, MAX_LOGPROBS + 1, 1.0, True, "all")],
+    *[("prompt_logprobs", value) for value in (-1, MAX_LOGPROBS + 1, 1.0, True, "all")],
+    *[("allowed_token_ids", value) for value in ([], [-1], [1.0], [True], ["1"], 5, "12")],
+    ("allowed_token_ids", range(MAX_ALLOWED_TOKEN_IDS + 1)),
+    ("allowed_token_ids", [0] * (MAX_ALLOWED_TOKEN_IDS + 1)),
+    *[("bad_words", value) for value in ([""], [1], [None], 5, ["x" * (MAX_BAD_WORD_LENGTH + 1)])],
+    ("bad_words", ["x"] * (MAX_BAD_WORDS + 1)),
+    ("bad_words", ["x" * MAX_BAD_WORD_LENGTH] * (MAX_BAD_WORDS_LENGTH // MAX_BAD_WORD_LENGTH + 1)),
+    *[("structured_outputs", value) for value in ({"regex": "a"}, "a", True)],
     *[("logit_bias", {1: value}) for value in (-100.1, 100.1, NAN, True, "1", None)],
     *[("logit_bias", {key: 1.0}) for key in (-1, "1", 1.0, True)],
     ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)),
@@ -50,6 +63,7 @@ REFUSED: list[tuple[str, Any]] = [
 ACCEPTED: list[tuple[str, Any]] = [
     ("n", 128),
     ("max_tokens", None),
+    ("max_tokens", 0),
     ("max_tokens", 1),
     ("max_tokens", HUGE),
     ("temperature", 0),
@@ -70,6 +84,13 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("logprobs", MAX_LOGPROBS),
     ("logit_bias", {0: -100, 5: 100.0}),
     ("logit_bias", {}),
+    ("prompt_logprobs", 0),
+    ("prompt_logprobs", MAX_LOGPROBS),
+    ("allowed_token_ids", None),
+    ("allowed_token_ids", tuple(range(MAX_ALLOWED_TOKEN_IDS))),
+    ("bad_words", ("x" * MAX_BAD_WORD_LENGTH,) * (MAX_BAD_WORDS_LENGTH // MAX_BAD_WORD_LENGTH)),
+    ("bad_words", ("x",) * MAX_BAD_WORDS),
+    ("structured_outputs", StructuredOutputs(regex="a")),
 ]
 
 

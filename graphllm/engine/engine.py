@@ -34,7 +34,7 @@ from graphllm.outputs import SequenceDelta
 from graphllm.runner.compilation import CompilationWatch
 from graphllm.runner.device import Device, open_device
 from graphllm.runner.graph_runner import GraphRunner
-from graphllm.sampling_params import SamplingParams
+from graphllm.sampling_params import MAX_PROMPT_LOGPROBS, SamplingParams
 from graphllm.sequence import SequenceGroup
 from graphllm.tokenizer.tokenizer import Tokenizer
 
@@ -174,13 +174,25 @@ class Engine:
         params: SamplingParams,
         sink: Sink,
         cache_salt: str | None = None,
+        priority: int = 0,
+        pooling: bool = False,
     ) -> None:
         """Admit a request; its tokens go to `sink`.
+
+        A lower `priority` runs earlier, and gives way later when memory is short; equal ones take turns by
+        arrival.
+        With max_tokens 0 the prompt is computed, and scored if prompt_logprobs ask for it, and nothing is
+        generated. With `pooling`, which needs max_tokens 0 and n 1, the answer is the hidden state of the
+        prompt's last token.
 
         Raises InvalidRequestError (token ids, lengths), EngineUnavailableError.
         """
         self.check_ready()
-        self._add(request_id, prompt_token_ids, params, sink, cache_salt)
+        if pooling and (params.max_tokens != 0 or params.n != 1):
+            raise InvalidRequestError(
+                "Pooling generates nothing: max_tokens must be 0, and n 1.", param="max_tokens"
+            )
+        self._add(request_id, prompt_token_ids, params, sink, cache_salt, priority=priority, pooling=pooling)
         self.metrics.requests.inc()
         self.metrics.prompt_tokens.inc(len(prompt_token_ids))
 
@@ -217,16 +229,26 @@ class Engine:
         params: SamplingParams,
         sink: Sink,
         cache_salt: str | None,
+        *,
+        priority: int = 0,
+        pooling: bool = False,
     ) -> None:
+        max_total_tokens = self._check_lengths(prompt_token_ids, params)
+        constraint_of = self._loaded.model.constraints.build(params) if params.max_tokens != 0 else None
         group = SequenceGroup(
             request_id,
             prompt_token_ids,
             params=params,
             seed=self._random.getrandbits(63) if params.seed is None else params.seed,
-            max_total_tokens=self._check_lengths(prompt_token_ids, params),
+            max_total_tokens=max_total_tokens,
             arrival_time=time.perf_counter(),
             cache_salt=cache_salt or self.default_cache_salt,
+            priority=priority,
+            pooling=pooling,
         )
+        if constraint_of is not None:
+            for sequence in group.sequences:
+                sequence.constraint = constraint_of()
         self._loaded.add(group, sink)
 
     def _check_lengths(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
@@ -235,7 +257,12 @@ class Engine:
         vocab_size = self._loaded.model.vocab_size
         if length == 0:
             raise InvalidRequestError("The prompt is empty.", param="prompt")
-        if length >= context:
+        if params.max_tokens == 0 and length > context:
+            raise ContextLengthError(
+                f"The prompt has {length} tokens, more than the model's context of {context} tokens.",
+                param="prompt",
+            )
+        if params.max_tokens != 0 and length >= context:
             raise ContextLengthError(
                 f"The prompt has {length} tokens, and the model's context of {context} tokens must hold "
                 "the prompt and at least one token of output.",
@@ -247,8 +274,11 @@ class Engine:
                 f"The prompt has token id {wrong}; the vocabulary has {vocab_size} tokens.", param="prompt"
             )
         params.check_token_ids(vocab_size)
+        _check_prompt_logprobs(length, params)
         if params.max_tokens is None:
             return context
+        if params.max_tokens == 0:
+            return length + 1  # with the token that ends the prompt's computation and is dropped
         if length + params.max_tokens > context:
             raise ContextLengthError(
                 f"The prompt has {length} tokens and max_tokens is {params.max_tokens}: together more than "
@@ -289,6 +319,20 @@ class Engine:
         finally:
             if self.on_failure is not None:
                 self.on_failure()
+
+
+def _check_prompt_logprobs(num_tokens: int, params: SamplingParams) -> None:
+    """Raise InvalidRequestError for more numbers than a request may bring back."""
+    if params.prompt_logprobs is None:
+        return
+    if num_tokens * (params.prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
+        most = MAX_PROMPT_LOGPROBS // num_tokens - 1
+        advice = f"at most {most} for this prompt" if most >= 0 else "none for a prompt as long as this"
+        raise InvalidRequestError(
+            f"prompt_logprobs of {params.prompt_logprobs} for {num_tokens} tokens is more than the server "
+            f"reports: {advice}.",
+            param="prompt_logprobs",
+        )
 
 
 async def _capture_all(graphs: GraphRunner, *, show_progress: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,10 +18,11 @@ from graphllm.cache.host_tier import HostTier
 from graphllm.cache.kv_cache import KVCache, KVCacheShape, resolve_kv_dtype
 from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
+from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
 from graphllm.engine.measured_rates import MeasuredRates
 from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
-from graphllm.models.checkpoint import open_model, resolve_model_path
+from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.weights import load_model
@@ -58,12 +59,14 @@ class LoadedModel:
     runner: ModelRunner
     swapper: BlockSwapper
     rates: MeasuredRates
+    constraints: ConstraintBuilder
     vocab_size: int
 
 
 def load(config: EngineConfig, device: Device, *, show_progress: bool) -> LoadedModel:
     """Read the checkpoint, plan memory, allocate it. Raises StartupError."""
-    checkpoint = open_model(resolve_model_path(config.model), config.load_format)
+    path = resolve_model(config)
+    checkpoint = open_model(path, config.load_format)
     tokenizer = checkpoint.load_tokenizer()
     model_config = read_model_config(checkpoint, find_family(checkpoint))
     torch_device = device.torch_device
@@ -81,12 +84,19 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     arena = Arena(torch_device)
     backend = choose_backend(config, limits, device, arena=arena)
     free_at_start = 0 if device.graphs is None else device.graphs.free_bytes()
+    # Helpers must not look a branch up again, which may have moved.
+    resolved = replace(config, model=str(path), revision=None, gguf_file=None)
     with ExitStack() as stack:
-        ahead = stack.enter_context(AheadCompilation(config)) if torch_device.type == "cuda" else None
+        ahead = stack.enter_context(AheadCompilation(resolved)) if torch_device.type == "cuda" else None
         advance = stack.enter_context(progress_bar("Loading weights", "tensor", show=show_progress))
         with memory_errors_explained("the weights"):
             model = load_model(
-                checkpoint, backend=backend, device=torch_device, dtype=dtype, progress=advance
+                checkpoint,
+                backend=backend,
+                device=torch_device,
+                dtype=dtype,
+                progress=advance,
+                max_model_len=limits.max_model_len,
             )
         if ahead is not None:
             ahead.wait()
@@ -147,6 +157,12 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         runner=runner,
         swapper=_build_swapper(kv_cache, host, device=device),
         rates=rates,
+        constraints=ConstraintBuilder(
+            tokenizer,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=eos_token_ids,
+            compiler=_build_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
+        ),
         vocab_size=model_config.vocab_size,
     )
 
@@ -175,6 +191,23 @@ def _build_scheduler(
         kv_fingerprint=str(kv_dtype).encode(),
         predictor=rates,
     )
+
+
+def _build_compiler(
+    tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
+) -> StructuredCompiler | None:
+    """The compiler of structured outputs, made here because it takes up to a second for large vocabularies.
+
+    None, and such requests are refused, where its library is not installed.
+    """
+    try:
+        from graphllm.structured.compiler import GrammarCompiler
+    except ModuleNotFoundError as error:
+        if error.name != "llguidance":
+            raise
+        logger.warning("structured outputs are off: the package llguidance is not installed")
+        return None
+    return GrammarCompiler(tokenizer, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
 def _build_swapper(kv_cache: KVCache, host: HostPlan, *, device: Device) -> BlockSwapper:

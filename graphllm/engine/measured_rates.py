@@ -38,9 +38,14 @@ class MeasuredRates:
         self._per_block.add(seconds, num_blocks)
 
     def observe_step(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step took so long; only steps that are mostly prompt say what a prompt's token costs."""
+        """A step took so long; only steps that are mostly prompt, and score nothing of it, say what a
+        prompt's token costs."""
         num_prompt_tokens = batch.num_tokens - batch.num_decode_rows
-        if num_prompt_tokens > 0 and num_prompt_tokens >= _MIN_PROMPT_SHARE * batch.num_tokens:
+        if (
+            not batch.spans
+            and num_prompt_tokens > 0
+            and num_prompt_tokens >= _MIN_PROMPT_SHARE * batch.num_tokens
+        ):
             self._per_token.add(seconds, num_prompt_tokens)
 
 

@@ -56,6 +56,12 @@ class EngineMetrics:
         self.host_seconds = counter(
             "host_seconds", "Time that the event loop spent on steps: schedule, launch, apply, publish."
         )
+        self.constrained_tokens = counter(
+            "constrained_tokens", "Tokens sampled under a constraint: structured outputs, token lists, words."
+        )
+        self.mask_seconds = counter(
+            "mask_seconds", "Time that the event loop spent on the masks of constrained rows."
+        )
         self.preemptions = counter("preemptions", "Sequences preempted for want of KV blocks.")
         self.running = gauge("running_sequences", "Sequences that take part in steps.")
         self.waiting = gauge("waiting_sequences", "Sequences that wait for room.")

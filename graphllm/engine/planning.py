@@ -16,7 +16,7 @@ import torch
 from graphllm.cache.kv_cache import KVCacheShape, resolve_kv_dtype
 from graphllm.config import EngineConfig, PlanConfig, card_capability, parse_card
 from graphllm.errors import ConfigError
-from graphllm.models.checkpoint import resolve_model_path
+from graphllm.models.checkpoint import resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.registry import find_family, read_model_config
@@ -113,7 +113,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
     if config.device == "cpu":
         raise ConfigError("--device cpu: a plan is of a CUDA device's memory.")
     assert plan_config.gpu is not None
-    checkpoint = DummyCheckpoint(resolve_model_path(config.model))
+    checkpoint = DummyCheckpoint(resolve_model(config, with_weights=False))
     model_config = read_model_config(checkpoint, find_family(checkpoint))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
     kv_shape = KVCacheShape(

@@ -7,6 +7,7 @@ It publishes in slices, so that launching the next step never waits for more tha
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Request:
     Raises InvalidRequestError for stop strings that are too long.
     """
 
-    __slots__ = ("detokenizers", "group", "num_unpublished", "sink")
+    __slots__ = ("detokenizers", "group", "num_unpublished", "prompt_logprobs", "sink")
 
     def __init__(self, group: SequenceGroup, sink: Sink, *, tokenizer: Tokenizer) -> None:
         self.group = group
@@ -43,15 +44,20 @@ class Request:
                 skip_special_tokens=params.skip_special_tokens,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,
+                shown_special_token_ids=params.shown_special_token_ids,
             )
             for _ in group.sequences
         ]
         self.num_unpublished = len(group.sequences)
+        self.prompt_logprobs = group.prompt_logprobs  # until the first sequence's first delta takes it
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One applied token; `finish_reason` as it stood when the token was applied."""
+    """One applied token, or the end of what generates none; `finish_reason` as it stood then.
+
+    is_text: whether the token is part of the sequence's text; one that stops it is not.
+    """
 
     request: Request
     sequence: Sequence
@@ -59,6 +65,8 @@ class _Entry:
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    is_text: bool
+    embedding: array[float] | None
 
 
 class Publisher:
@@ -92,7 +100,8 @@ class Publisher:
     def is_idle(self) -> bool:
         return not self._queue
 
-    def enqueue(self, request: Request, applied: AppliedToken) -> None:
+    def enqueue(self, request: Request, applied: AppliedToken, *, completes: bool = False) -> None:
+        """`completes`: the token stops its sequence by making its text complete, and is part of it."""
         sequence = applied.sequence
         self._queue.append(
             _Entry(
@@ -102,6 +111,8 @@ class Publisher:
                 applied.logprob,
                 sequence.finish_reason,
                 sequence.stop_reason,
+                completes or sequence.finish_reason is not FinishReason.STOP,
+                applied.embedding,
             )
         )
 
@@ -147,12 +158,13 @@ class Publisher:
         detokenizer = entry.request.detokenizers[sequence.index]
         if detokenizer is None:
             return False
-        self._observe_latency(sequence)
+        generates = sequence.group.generates
+        if generates:
+            self._observe_latency(sequence)
         reason, stop_reason = entry.finish_reason, entry.stop_reason
         text, matched = "", None
-        # A token that ends the sequence is no part of its text.
-        is_stop_token = reason is FinishReason.STOP
-        if not is_stop_token or (stop_reason is not None and sequence.params.include_stop_str_in_output):
+        includes_stop = stop_reason is not None and sequence.params.include_stop_str_in_output
+        if generates and (entry.is_text or includes_stop):
             text, matched = detokenizer.append((entry.token_id,))
         if matched is not None:
             reason, stop_reason = FinishReason.STOP, matched
@@ -164,15 +176,20 @@ class Publisher:
             entry.request.num_unpublished -= 1
             self._metrics.sequences_finished.labels(reason.value).inc()
         logprobs = None if entry.logprob is None else (entry.logprob,)
+        prompt_logprobs = None
+        if sequence.index == 0:
+            prompt_logprobs, entry.request.prompt_logprobs = entry.request.prompt_logprobs, None
         entry.request.sink.write(
             SequenceDelta(
                 sequence.index,
                 text,
-                (entry.token_id,),
+                (entry.token_id,) if generates else (),
                 logprobs,
                 reason,
                 stop_reason,
                 entry.request.group.sequences[0].num_cached_tokens,
+                prompt_logprobs,
+                entry.embedding,
             )
         )
         return True

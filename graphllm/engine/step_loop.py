@@ -1,6 +1,7 @@
 """The step loop: schedule, launch, apply, publish, as one task on the server's event loop.
 
-Owns the order of these and the requests that have not ended, and what happens when a step fails.
+Owns the order of these and the requests that have not ended, and what happens when a step fails. Rows that
+the host constrains are masked by `held_rows.py`, when this file says so.
 
 Two steps are known at a time: one running and one to follow. When step N ends its tokens are
 applied and published, and shortly before the predicted end of N+1 the step N+2 is scheduled and
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 
 from graphllm.engine.garbage import GarbageKeeper
+from graphllm.engine.held_rows import HeldRows
 from graphllm.engine.loading import LoadedModel
 from graphllm.engine.memory_metrics import MemoryCollector
 from graphllm.engine.metrics import EngineMetrics
@@ -28,7 +30,8 @@ from graphllm.errors import GraphLLMError, StepFailedError
 from graphllm.outputs import FinishReason
 from graphllm.runner.device import Device
 from graphllm.runner.model_runner import StepHandle
-from graphllm.sequence import SequenceGroup
+from graphllm.scheduler.scheduler import AppliedToken
+from graphllm.sequence import Sequence, SequenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,9 @@ class StepLoop:
         self._graphs = model.runner.graphs
         self._publisher = Publisher(
             model.scheduler, metrics, on_end=self._request_ended, on_broken=self._request_broken
+        )
+        self._held = HeldRows(
+            model.scheduler, metrics, vocab_size=model.vocab_size, on_broken=self._constraint_broken
         )
         self._max_backlog = 2 * model.scheduler.limits.max_num_seqs
         self._requests: dict[str, Request] = {}
@@ -130,12 +136,18 @@ class StepLoop:
                 self._poll_transfers()
                 if self._launch_is_due():
                     self._launch()
-                if self._in_flight and self._in_flight[0].ready():
+                step_ended = len(self._in_flight) > 0 and self._in_flight[0].ready()
+                if step_ended:
                     self._apply(self._in_flight.popleft())
+                if self._held.are_due:
+                    self._sample_held_slice()
+                if step_ended:
                     self._garbage.after_step()
-                    if self._launch_is_due():
-                        self._launch()
-                if not self._publisher.is_idle:
+                if self._launch_is_due():
+                    self._launch()
+                if self._held.are_due:  # the device waits for their masks
+                    await asyncio.sleep(0)
+                elif not self._publisher.is_idle:
                     self._publish_slice()
                     await asyncio.sleep(0)
                 elif self._in_flight and self._in_flight[0].ready():
@@ -153,6 +165,7 @@ class StepLoop:
         """Whether a further step could be scheduled, now or a little later."""
         return (
             len(self._in_flight) < self._depth
+            and not self._held.are_pending  # their sampler needs the logits that a launch overwrites
             and self._scheduler.has_unfinished
             and self._publisher.backlog <= self._max_backlog
             and not self._stopping
@@ -177,6 +190,7 @@ class StepLoop:
         self._timer.observe_host(now - started)
         self._metrics.host_seconds.inc(now - started)
         self._in_flight.append(handle)
+        self._held.launched(handle)
         # Steps without graphs may keep the host so busy that it is never idle: each pays for a slice, or
         # they would stay without for ever.
         self._capture_slice()
@@ -236,10 +250,37 @@ class StepLoop:
         self.model.rates.observe_step(handle.batch, seconds)
         self._metrics.steps.inc()
         self._metrics.step_seconds.observe(seconds)
-        self._metrics.generated_tokens.inc(len(applied))
+        self._metrics.generated_tokens.inc(sum(token.sequence.group.generates for token in applied))
         for token in applied:
-            self._publisher.enqueue(self._requests[token.sequence.group.request_id], token)
+            self._take(token)
         self._metrics.host_seconds.inc(time.perf_counter() - started)
+
+    def _take(self, token: AppliedToken) -> None:
+        """Tell a token's constraint, if it has one, and queue it to be published."""
+        request = self._requests.get(token.sequence.group.request_id)
+        if request is None:  # another token of this step was its end
+            return
+        completes = False
+        if token.sequence.constraint is not None:
+            try:
+                completes = self._held.accept(token.sequence, token.token_id)
+            except Exception as error:
+                self._constraint_broken(token.sequence, error)
+                return
+        self._publisher.enqueue(request, token, completes=completes)
+
+    def _sample_held_slice(self) -> None:
+        started = time.perf_counter()
+        self._held.sample_slice()
+        self._metrics.host_seconds.inc(time.perf_counter() - started)
+
+    def _constraint_broken(self, sequence: Sequence, error: Exception) -> None:
+        """A constraint leaves no token, or is defective: the end of its request and of no other."""
+        request_id = sequence.group.request_id
+        if not isinstance(error, GraphLLMError):
+            logger.error("the constraint of request %s failed", request_id, exc_info=error)
+            error = GraphLLMError(f"Internal error: {error}")
+        self._fail(request_id, error)
 
     def _publish_slice(self) -> None:
         started = time.perf_counter()

@@ -24,6 +24,7 @@ from graphllm.runner.sampler import SamplerKind
 from graphllm.runner.staging import StagingRing
 from graphllm.runner.step_buffers import StepBuffers
 from graphllm.runner.step_program import StepProgram
+from graphllm.sampling_params import MAX_LOGPROBS
 from graphllm.step_buckets import StepBuckets
 
 # What captured graphs may take of a card together, whatever was measured of some: drivers grant memory in
@@ -70,6 +71,8 @@ class StepParts:
             limits,
             max_num_seqs=self.buffers.max_num_seqs,
             padding_slot=self.buffers.padding_slot,
+            hidden_size=self.model.config.hidden_size,
+            dtype=self.model.dtype,
             device=self.device,
         )
         return ModelRunner(
@@ -151,6 +154,7 @@ def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batc
     num_seqs = program.buffers.max_num_seqs
     for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
         program.forward(shape)
+    program.score(1, num_tokens=max_num_batched_tokens, num_top=MAX_LOGPROBS)
     for kind in SamplerKind:
         program.sample(num_seqs, kind)
     for kind in (SamplerKind.GENERAL, SamplerKind.LOGPROBS):

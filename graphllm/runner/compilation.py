@@ -31,7 +31,7 @@ from graphllm.config import EngineConfig
 from graphllm.kernels.linear_choice import table_path
 from graphllm.kernels.skinny_linear import prefetches_weights
 from graphllm.kernels.triton_support import launch_options
-from graphllm.models.checkpoint import open_model, resolve_model_path
+from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.decoder import Decoder
 from graphllm.models.dummy import fill_random
@@ -44,6 +44,7 @@ from graphllm.runner.graph_runner import GraphRunner
 from graphllm.runner.memory_plan import plan_limits
 from graphllm.runner.sampler import SamplerKind
 from graphllm.runner.step_program import StepProgram
+from graphllm.sampling_params import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
 
@@ -149,19 +150,19 @@ def _fingerprint(config: EngineConfig) -> str:
 
 
 def _model_config(config: EngineConfig) -> ModelConfig:
-    checkpoint = open_model(resolve_model_path(config.model), config.load_format)
+    checkpoint = open_model(resolve_model(config), config.load_format)
     return read_model_config(checkpoint, find_family(checkpoint))
 
 
 def run_share(config: EngineConfig, share: str, device: Device) -> None:
-    """Run the steps of one share, on padding alone, with one layer of random weights."""
+    """Run the steps of one share, on padding alone, with random weights and one layer of each kind."""
     model_config = _model_config(config)
     torch_device = device.torch_device
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
     )
-    model_config = dataclasses.replace(model_config, num_layers=1)
+    model_config = model_config.one_layer_of_each_kind()
     arena = Arena(torch_device)
     model = Decoder(
         model_config,
@@ -173,7 +174,7 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
     fill_random(model, seed=0)
     parts = assemble_step(config, limits, device, model=model, arena=arena)
     kv_shape = KVCacheShape(
-        num_layers=1,
+        num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
@@ -201,6 +202,7 @@ def _run_samplers(parts: StepParts, program: StepProgram, graphs: GraphRunner) -
             program.sample(size, kind)
             for masked in (False, True):
                 program.sample_subset(size, kind, masked=masked)
+    program.score(1, num_tokens=parts.buckets.token_sizes[-1], num_top=MAX_LOGPROBS)
 
 
 _SHARE_RUNNERS = {"decode": _run_decode, "mixed": _run_mixed, "sampler": _run_samplers}

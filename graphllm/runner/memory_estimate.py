@@ -6,13 +6,18 @@ others follow what the decoder and `StepBuffers` allocate, and are replaced by m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from graphllm.attention.paged import PagedAttention
+from graphllm.kernels.linear import linear_ref
+from graphllm.layers.norm import Norm
 from graphllm.models.config import ModelConfig
-from graphllm.runner.memory_plan import StepLimits
-from graphllm.sampling_params import MAX_LOGIT_BIAS
+from graphllm.models.decoder import Decoder
+from graphllm.quant.unquantized import Unquantized
+from graphllm.runner.memory_plan import StepLimits, num_logit_lines
+from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 # Split-KV partial results, the sampler's lists, the products' workspaces: all of fixed grids.
 _SCRATCH_BYTES = 128 * 1024**2
@@ -36,22 +41,31 @@ class WeightBytes:
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> WeightBytes:
-    """The parameters that `Decoder` has with this configuration, all of them in `dtype`."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
-    query_size = config.num_heads * config.head_dim
-    qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
-    attention = hidden * qkv_size + query_size * hidden
-    attention += qkv_size * config.attention_bias + hidden * config.attention_output_bias
-    feed_forward = 3 * hidden * inner + (2 * inner + hidden) * config.mlp_bias
-    layer_norms = 2 * hidden + 2 * config.head_dim * config.qk_norm
-    size = dtype.itemsize
-    return WeightBytes(
-        embedding=size * config.vocab_size * hidden,
-        attention=size * layers * attention,
-        feed_forward=size * layers * feed_forward,
-        norms=size * (layers * layer_norms + hidden),
-        head=0 if config.tie_word_embeddings else size * config.vocab_size * hidden,
+    """The parameters that `Decoder` has with this configuration, all of them in `dtype`.
+
+    Counted on the decoder itself, built without memory.
+    """
+    model = Decoder(
+        config,
+        backend=PagedAttention(block_size=1),
+        scheme=Unquantized(linear_ref),
+        device=torch.device("meta"),
+        dtype=dtype,
     )
+    by_part = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
+    for name, module in model.named_modules():
+        size = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        if isinstance(module, Norm):
+            by_part["norms"] += size
+        elif ".attention." in name:
+            by_part["attention"] += size
+        elif ".mlp" in name or ".moe" in name:
+            by_part["feed_forward"] += size
+        elif module is model.head:
+            by_part["head"] += 0 if config.tie_word_embeddings else size
+        else:
+            by_part["embedding"] += size
+    return WeightBytes(**by_part)
 
 
 def estimate_arena_bytes(
@@ -60,24 +74,49 @@ def estimate_arena_bytes(
     """Intermediates of the largest step, as decoder and sampler share them in the arena."""
     query_size = config.num_heads * config.head_dim
     qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
+    up_sizes, inner_sizes, routing_sizes = [qkv_size], [query_size], [0]
+    for moe in {layer.moe for layer in config.layers}:
+        size = config.intermediate_size if moe is None else moe.shared_intermediate_size
+        up_sizes.append((1 + config.is_gated) * size)
+        inner_sizes.append(size)
+        if moe is not None:  # a row for each of a token's experts
+            top_k = moe.routing.top_k
+            up_sizes.append(top_k * config.hidden_size)
+            inner_sizes.append(top_k * moe.expert_intermediate_size)
+            routing_sizes.append(moe.routing.num_experts + moe.has_shared_gate + 2 * top_k)
+    rotaries = {layer.rotary for layer in config.layers if layer.rotary is not None}
     values_per_token = (
         3 * config.hidden_size  # residual, normed, delta
-        + max(qkv_size, 2 * config.intermediate_size)  # into attention, into the feed-forward layer
-        + max(query_size, config.intermediate_size)  # out of them
-        + 2 * config.head_dim  # cosines and sines
+        + max(up_sizes)  # into attention, into the feed-forward layer; out of the experts
+        + max(inner_sizes)  # out of attention, between the projections of the feed-forward layer
+        + _latent_size(config)
+        + sum(2 * rotary.rotary_dim for rotary in rotaries)  # cosines and sines
     )
-    decoder = limits.max_num_batched_tokens * values_per_token * dtype.itemsize
+    bytes_per_token = values_per_token * dtype.itemsize + 4 * max(routing_sizes)
+    decoder = limits.max_num_batched_tokens * bytes_per_token
     return decoder + 4 * max_num_seqs * config.vocab_size + _SCRATCH_BYTES
 
 
+def _latent_size(config: ModelConfig) -> int:
+    """A token's latents, as they come and normed, and the key and value heads that come out of them."""
+    latent = config.latent
+    if latent is None:
+        return 0
+    narrow = (latent.query_rank or 0) + latent.key_value_rank
+    plain_dim = config.head_dim - latent.turned_dim
+    return 2 * narrow + latent.turned_dim + config.num_heads * (plain_dim + latent.value_dim)
+
+
 def estimate_table_bytes(config: ModelConfig, limits: StepLimits, *, max_num_seqs: int) -> int:
-    """Slot tables, step inputs, and the logits and masks of the sampled rows."""
+    """Slot tables, step inputs, logits and masks of the sampled rows, scores of prompt tokens."""
     ids_per_slot = limits.max_model_len + 1 + limits.max_blocks_per_sequence
     bytes_per_slot = 4 * ids_per_slot + 8 * MAX_LOGIT_BIAS + _SAMPLING_BYTES_PER_SLOT
-    bytes_per_row = 4 * config.vocab_size + config.vocab_size // 8
-    bytes_per_token = 3 * 8  # id, position, place in the cache
+    num_logits = num_logit_lines(limits, max_num_seqs) * config.vocab_size
+    # Id, position and place in the cache; where and what is scored, logprob and rank, the alternatives.
+    bytes_per_token = 3 * 8 + 2 * 8 + 2 * 4 + MAX_LOGPROBS * (8 + 4)
     return (
         (limits.num_slots + 1) * bytes_per_slot
-        + max_num_seqs * bytes_per_row
+        + 4 * num_logits
+        + max_num_seqs * (config.vocab_size // 8)
         + limits.max_num_batched_tokens * bytes_per_token
     )

@@ -21,6 +21,9 @@ _DEFAULT_KV_FRACTION = 0.25
 _DEFAULT_KV_LIMIT = 4 * GIB
 _DEFAULT_SWAP_GIB = {"cpu": 0.0, "cuda": 4.0}
 _DEFAULT_BATCHED_TOKENS = {"cpu": 256, "cuda": 2048}
+# Prompt tokens are scored in slices of so many lines of logits, unless the sampler has more of them: few
+# enough to cost little memory, enough that a step of thousands of tokens takes few launches.
+_LEAST_LOGIT_LINES = 128
 # Above this share of the device's memory nobody is advised to go: the driver and libraries need some.
 _LARGEST_ADVISED_UTILIZATION = 0.97
 
@@ -41,6 +44,11 @@ class StepLimits:
     @property
     def max_blocks_per_sequence(self) -> int:
         return -(-self.max_model_len // self.block_size)
+
+
+def num_logit_lines(limits: StepLimits, max_num_seqs: int) -> int:
+    """Rows of logits that a step has memory for: sampled ones, and then slices of scored prompt tokens."""
+    return max(max_num_seqs, min(_LEAST_LOGIT_LINES, limits.max_num_batched_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,11 @@ that is the scheduler's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from graphllm.batch import SamplePair, ScheduledBatch, StepResult
@@ -20,12 +23,26 @@ from graphllm.runner.graph_runner import GraphKey, GraphRunner
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.staging import StagingEntry, StagingRing, download, upload, upload_subset
 from graphllm.runner.step_program import StepProgram, StepShape
+from graphllm.runner.step_reports import (
+    download_hidden,
+    download_scores,
+    read_embeddings,
+    read_scores,
+    upload_scores,
+)
+
+MaskRow = npt.NDArray[np.int32]
 
 
 class StepHandle:
-    """A step in flight. `sample(masks)` only where pairs were held back; then `ready`, `result`."""
+    """A step in flight. `sample` only where pairs were held back; then `ready`, `result`.
 
-    __slots__ = ("_entry", "_events", "_held", "_runner", "batch", "shape")
+    held_rows: the held pairs, each with its mask row, [ceil(vocab_size / 32)] int32 in the memory that the
+    device copies from. A row is filled with ones when the iterator comes to it: bit t % 32 of word t // 32
+    is token t, and a set bit allows it. The caller clears bits before `sample`.
+    """
+
+    __slots__ = ("_entry", "_events", "_held", "_runner", "batch", "held_rows", "shape")
 
     def __init__(
         self, runner: ModelRunner, batch: ScheduledBatch, *, entry: StagingEntry, shape: StepShape
@@ -36,15 +53,31 @@ class StepHandle:
         self._entry = entry
         self._events: list[DeviceEvent] = []
         self._held = [index for index, pair in enumerate(batch.pairs) if pair.held]
+        self.held_rows = self._open_rows() if self._held else iter(())
 
-    def sample(self, masks: torch.Tensor) -> None:
-        """Sample the held pairs. masks: [num_held, ceil(vocab_size / 32)] int32, bit set = allowed.
+    @property
+    def is_held(self) -> bool:
+        """Whether pairs wait for `sample`."""
+        return len(self._held) > 0
+
+    def sample(self) -> None:
+        """Sample the held pairs with the masks as they are now; a row that nobody asked for allows all.
 
         To be called before the next step is launched, whose forward reuses the logits.
         """
         assert self._held, "no pair was held back"
-        self._runner._submit_subset(self, self._held, phase=1, masks=masks)
+        for _ in self.held_rows:
+            pass
+        self._runner._submit_subset(self, self._held, phase=1, masked=True)
         self._held = []
+        self._runner._submit_reports(self)
+
+    def _open_rows(self) -> Iterator[tuple[SamplePair, MaskRow]]:
+        masks = self._runner.host_masks(self._entry).numpy()
+        for line, index in enumerate(self._held):
+            row = masks[line]
+            row.fill(-1)
+            yield self.batch.pairs[index], row
 
     def ready(self) -> bool:
         """Whether `result` returns at once. Never blocks; never true while pairs are held back."""
@@ -69,7 +102,13 @@ class StepHandle:
                 raise StepFailedError(f"The step failed on the device: {event.error}") from event.error
         token_ids = entry.results.token_ids[: len(self.batch.pairs)].tolist()
         logprobs = [_token_logprob(entry, line, pair) for line, pair in enumerate(self.batch.pairs)]
-        return StepResult(self.batch.step_id, token_ids, logprobs)
+        return StepResult(
+            self.batch.step_id,
+            token_ids,
+            logprobs,
+            scores=read_scores(self.batch.spans, entry.reports.scores),
+            embeddings=read_embeddings(self.batch, entry.reports.hidden) if self.batch.pools else {},
+        )
 
 
 class ModelRunner:
@@ -94,7 +133,8 @@ class ModelRunner:
         self._staging = staging
         self._eos_token_ids = eos_token_ids
         self._held_back: StepHandle | None = None
-        self._variant_of: tuple[tuple[tuple[int, int], ...], SamplerVariant] | None = None
+        # Of whole steps and free pairs, and of held pairs: the two take turns where a step has both.
+        self._variant_of: dict[bool, tuple[tuple[tuple[int, int], ...], SamplerVariant]] = {}
 
     def launch(self, batch: ScheduledBatch) -> StepHandle:
         """Hand the step to the device. Never blocks; errors of the device surface in `result`."""
@@ -107,7 +147,9 @@ class ModelRunner:
         handle._events.append(self._device.submit(partial(self._step, handle, variant)))
         if handle._held and len(handle._held) < len(batch.pairs):
             free = [index for index, pair in enumerate(batch.pairs) if not pair.held]
-            self._submit_subset(handle, free, phase=0, masks=None)
+            self._submit_subset(handle, free, phase=0, masked=False)
+        if not handle._held:
+            self._submit_reports(handle)
         return handle
 
     def replay_decode(self, num_rows: int) -> None:
@@ -124,24 +166,33 @@ class ModelRunner:
         """After a failed step the device's row vectors are unknown."""
         self._staging.forget_rows()
 
-    def _submit_subset(
-        self, handle: StepHandle, pairs: list[int], *, phase: int, masks: torch.Tensor | None
-    ) -> None:
+    def host_masks(self, entry: StagingEntry) -> torch.Tensor:
+        """An entry's masks, [max_num_seqs, words] int32 on the host."""
+        return self._staging.masks_of(entry, num_words=self.buffers.masks.shape[1])
+
+    def _submit_subset(self, handle: StepHandle, pairs: list[int], *, phase: int, masked: bool) -> None:
         """Queue the sample phase of some of a step's pairs."""
-        variant = self._variant([handle.batch.pairs[index] for index in pairs])
+        variant = self._variant([handle.batch.pairs[index] for index in pairs], held=masked)
         num_padded = self.graphs.num_subset_pairs(len(pairs))
         slots = [handle.batch.pairs[index].slot for index in pairs]
         self._staging.stage_subset(
-            handle._entry, phase, lines=pairs, slots=slots, num_padded=num_padded, masks=masks
+            handle._entry, phase, lines=pairs, slots=slots, num_padded=num_padded, masked=masked
         )
-        work = partial(self._sample_subset, handle, num_padded, phase, variant, masks is not None)
+        work = partial(self._sample_subset, handle, num_padded, phase, variant, masked)
         handle._events.append(self._device.submit(work))
 
-    def _variant(self, pairs: list[SamplePair]) -> SamplerVariant:
+    def _submit_reports(self, handle: StepHandle) -> None:
+        """Queue what the step reports beside tokens: last of all, because it takes the logits' memory."""
+        if handle.batch.spans or handle.batch.pools:
+            handle._events.append(self._device.submit(partial(self._report, handle)))
+
+    def _variant(self, pairs: list[SamplePair], *, held: bool = False) -> SamplerVariant:
         key = tuple((pair.slot, pair.generation) for pair in pairs)
-        if self._variant_of is None or self._variant_of[0] != key:
-            self._variant_of = (key, SamplerVariant.of(pair.sequence.params for pair in pairs))
-        return self._variant_of[1]
+        known = self._variant_of.get(held)
+        if known is None or known[0] != key:
+            known = (key, SamplerVariant.of(pair.sequence.params for pair in pairs))
+            self._variant_of[held] = known
+        return known[1]
 
     # -- on the device ----------------------------------------------------------------------------
 
@@ -182,6 +233,19 @@ class ModelRunner:
         else:
             self.program.sample_subset_by_reference(num_padded, variant, masked=is_masked)
         self._download(handle, variant)
+
+    def _report(self, handle: StepHandle) -> None:
+        if handle._events[0].error is not None:
+            return
+        reports, num_tokens = handle._entry.reports, handle.shape.bucket.num_tokens
+        if handle.batch.pools:
+            hidden = self.program.pair_hidden(len(handle.batch.pairs), num_tokens=num_tokens)
+            download_hidden(hidden, reports.hidden)
+        if handle.batch.spans:
+            upload_scores(reports.scores, self.buffers.scores)
+            num_top = max(span.sequence.params.prompt_logprobs or 0 for span in handle.batch.spans)
+            self.program.score(handle._entry.num_scored, num_tokens=num_tokens, num_top=num_top)
+            download_scores(self.buffers.scores, reports.scores, num_lines=handle._entry.num_scored)
 
     def _download(self, handle: StepHandle, variant: SamplerVariant) -> None:
         download(

@@ -57,11 +57,13 @@ def pack_sampling_row(
     sibling: int,
     num_prompt_tokens: int,
     eos_token_ids: Collection[int],
+    applies_min_tokens: bool = True,
 ) -> SamplingRow:
     """A sequence's row of the sampling tables.
 
     seed: any integer, of which 64 bits count. sibling: the sequence's index in its request.
     eos_token_ids: the tokens that min_tokens holds back beside the request's stop_token_ids.
+    applies_min_tokens: the sampler does that; else whoever makes the sequence's masks does.
 
     Raises InvalidRequestError when these are more than the tables hold.
     """
@@ -73,19 +75,20 @@ def pack_sampling_row(
     floats[FloatColumn.PRESENCE_PENALTY] = params.presence_penalty
     floats[FloatColumn.FREQUENCY_PENALTY] = params.frequency_penalty
     biases = params.logit_bias or {}
+    min_tokens = params.min_tokens if applies_min_tokens else 0
     ints = [0] * NUM_INTS
     ints[IntColumn.SEED] = (seed + 2**63) % 2**64 - 2**63
     ints[IntColumn.SIBLING] = sibling
     ints[IntColumn.NUM_PROMPT_TOKENS] = num_prompt_tokens
     ints[IntColumn.TOP_K] = min(params.top_k, 2**31)
-    ints[IntColumn.MIN_TOKENS] = min(params.min_tokens, 2**31)
+    ints[IntColumn.MIN_TOKENS] = min(min_tokens, 2**31)
     ints[IntColumn.NUM_BIASES] = len(biases)
     return SamplingRow(
         floats=tuple(floats),
         ints=tuple(ints),
         bias_ids=tuple(biases) if biases else None,
         bias_values=tuple(biases.values()) if biases else None,
-        stop_ids=_pack_stop_ids(params, eos_token_ids) if params.min_tokens else None,
+        stop_ids=_pack_stop_ids(params, eos_token_ids) if min_tokens else None,
     )
 
 

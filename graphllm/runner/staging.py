@@ -18,10 +18,11 @@ from graphllm.batch import ScheduledBatch
 from graphllm.kernels.sampled_rows import NUM_FLOATS, NUM_INTS
 from graphllm.runner.device import Device
 from graphllm.runner.device_sampler import SampleResults
-from graphllm.runner.memory_plan import StepLimits
+from graphllm.runner.memory_plan import StepLimits, num_logit_lines
 from graphllm.runner.sampler import MAX_STOP_IDS, SamplingRow, pack_sampling_row
 from graphllm.runner.step_buffers import NUM_ROW_VECTORS, StepBuffers
 from graphllm.runner.step_program import StepShape
+from graphllm.runner.step_reports import HostReports, ScoreLines, stage_spans
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 
@@ -71,12 +72,14 @@ class StagingEntry:
     block tables and their flat positions there. copies: [n, 2] int64, from and to. slots, lengths: the new
     slots and how many of their tokens are computed. floats, ints, bias_*, stop_*: sampling parameters of
     the new slots, those with biases and stop tokens apart because few have any. subset: [2 phases, 2,
-    max_num_seqs] int64; masks: [max_num_seqs, words] int32, once it was needed.
+    max_num_seqs] int64; masks: [max_num_seqs, words] int32, once it was needed. The step loop writes the
+    masks of held pairs itself. num_scored counts the lines of prompt tokens to score.
     """
 
     rows: torch.Tensor
     subset: torch.Tensor
     results: SampleResults
+    reports: HostReports
     tokens: _HostTable
     blocks: _HostTable
     block_index: _HostTable
@@ -92,6 +95,7 @@ class StagingEntry:
     stop_ids: _HostTable
     masks: torch.Tensor | None = None
     installs: list[_StagedTokens] = field(default_factory=list)
+    num_scored: int = 0
     rows_version: int = 0
     upload_rows: bool = True
     in_use: bool = False
@@ -101,12 +105,22 @@ class StagingRing:
     """`depth` entries, handed out in turn; one more than the steps that can be in flight."""
 
     def __init__(
-        self, limits: StepLimits, *, max_num_seqs: int, padding_slot: int, device: Device, depth: int = 3
+        self,
+        limits: StepLimits,
+        *,
+        max_num_seqs: int,
+        padding_slot: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: Device,
+        depth: int = 3,
     ) -> None:
         self._device = device
         self._max_blocks = limits.max_blocks_per_sequence
         self._padding_slot = padding_slot
         self._max_num_seqs = max_num_seqs
+        self._hidden_size, self._dtype = hidden_size, dtype
+        self._num_logit_lines = num_logit_lines(limits, max_num_seqs)
         self._entries = [self._new_entry(limits) for _ in range(depth)]
         self._next = 0
         self._uploaded_rows: tuple[StepShape, list[tuple[int, ...]]] | None = None
@@ -114,6 +128,7 @@ class StagingRing:
 
     def _new_entry(self, limits: StepLimits) -> StagingEntry:
         host, num_lines = self._device.empty_host, self._max_num_seqs
+        num_scored = -(-limits.max_num_batched_tokens // self._num_logit_lines) * self._num_logit_lines
 
         def table(num_rows: int, *width: int, dtype: torch.dtype) -> _HostTable:
             return _HostTable(self._device, num_rows, *width, dtype=dtype)
@@ -126,6 +141,10 @@ class StagingRing:
                 logprobs=host(num_lines, dtype=torch.float32),
                 top_ids=host(num_lines, MAX_LOGPROBS, dtype=torch.int64),
                 top_logprobs=host(num_lines, MAX_LOGPROBS, dtype=torch.float32),
+            ),
+            reports=HostReports(
+                scores=ScoreLines.allocate(num_scored, host),
+                hidden=host(num_lines, self._hidden_size, dtype=self._dtype),
             ),
             tokens=table(limits.max_num_batched_tokens, dtype=torch.int32),
             blocks=table(limits.max_num_batched_tokens, dtype=torch.int32),
@@ -153,6 +172,7 @@ class StagingRing:
         self._stage_rows(entry, batch, shape)
         self._stage_slots(entry, batch, eos_token_ids=eos_token_ids)
         entry.copies.write(batch.copies)
+        entry.num_scored = stage_spans(batch, entry.reports.scores, num_slice_lines=self._num_logit_lines)
         return entry
 
     def stage_subset(
@@ -163,22 +183,26 @@ class StagingRing:
         lines: list[int],
         slots: list[int],
         num_padded: int,
-        masks: torch.Tensor | None,
+        masked: bool,
     ) -> None:
         """Write which of a step's pairs are sampled by themselves; a step has two such phases at most.
 
-        masks: [len(lines), words] int32 on the host. Padding pairs repeat the first line, for nobody's slot.
+        masked: the first len(lines) rows of the entry's masks are theirs. Padding repeats the first pair, its
+        slot and mask too, because results are written by line: whichever comes last then writes the same.
         """
         num_padding = num_padded - len(lines)
         target = entry.subset[phase].numpy()
         target[0, :num_padded] = lines + lines[:1] * num_padding
-        target[1, :num_padded] = slots + [self._padding_slot] * num_padding
-        if masks is not None:
-            if entry.masks is None:
-                size = (self._max_num_seqs, masks.shape[1])
-                entry.masks = self._device.empty_host(*size, dtype=torch.int32)
-            entry.masks[: len(lines)] = masks
-            entry.masks[len(lines) : num_padded] = -1
+        target[1, :num_padded] = slots + slots[:1] * num_padding
+        if masked:
+            assert entry.masks is not None, "masks were written"
+            entry.masks[len(lines) : num_padded] = entry.masks[0]
+
+    def masks_of(self, entry: StagingEntry, *, num_words: int) -> torch.Tensor:
+        """The entry's masks, [max_num_seqs, num_words] int32, allocated when they are first needed."""
+        if entry.masks is None:
+            entry.masks = self._device.empty_host(self._max_num_seqs, num_words, dtype=torch.int32)
+        return entry.masks
 
     def forget_rows(self) -> None:
         """The device's row vectors are no longer known (a step failed): upload them next time."""
@@ -224,6 +248,8 @@ class StagingRing:
                 sibling=sequence.index,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 eos_token_ids=() if sequence.params.ignore_eos else eos_token_ids,
+                # A constraint may have to let a sequence end early, so the host applies its min_tokens.
+                applies_min_tokens=sequence.constraint is None,
             )
             sampling.append((install.slot, row))
         new_slots = {install.slot for install in batch.installs}

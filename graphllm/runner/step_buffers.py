@@ -7,12 +7,15 @@ What fills and drains them is `staging.py`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from graphllm.kernels.step_inputs import StepInputs
 from graphllm.runner.device_sampler import SampleResults
-from graphllm.runner.memory_plan import StepLimits
+from graphllm.runner.memory_plan import StepLimits, num_logit_lines
 from graphllm.runner.sampler import SamplingTables
+from graphllm.runner.step_reports import ScoreLines
 
 ROW_SLOTS, ROW_LENS, PAIR_ROWS, PAIR_SLOTS = range(4)
 NUM_ROW_VECTORS = 4
@@ -32,8 +35,10 @@ class StepBuffers:
         rows_version says which upload they are from.
     subset: [2, max_num_seqs] int64: lines and slots of pairs that are sampled by themselves.
     masks: [max_num_seqs, ceil(vocab_size / 32)] int32, the grammar's, of such pairs.
-    logits: [max_num_seqs, vocab_size] float32, a line for each sampled pair.
+    logits: [num_logit_lines, vocab_size] float32, a line for each sampled pair; when those are sampled, for a
+        slice of the prompt tokens that are scored.
     results: what was sampled, a line for each pair.
+    scores: which prompt tokens are scored and what is found, whole slices of lines.
     """
 
     def __init__(
@@ -54,9 +59,12 @@ class StepBuffers:
         self.subset = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
         self.subset[1] = self.padding_slot
         self.masks = torch.full((max_num_seqs, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
-        self.logits = torch.zeros(max_num_seqs, vocab_size, dtype=torch.float32, device=device)
+        num_lines = num_logit_lines(limits, max_num_seqs)
+        self.logits = torch.zeros(num_lines, vocab_size, dtype=torch.float32, device=device)
         self.results = SampleResults.allocate(max_num_seqs, device=device)
         max_num_tokens = max(limits.max_num_batched_tokens, max_num_seqs)
+        num_slices = -(-max_num_tokens // num_lines)
+        self.scores = ScoreLines.allocate(num_slices * num_lines, partial(torch.zeros, device=device))
 
         def numbers(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
@@ -81,6 +89,10 @@ class StepBuffers:
 
     def pair_slots(self, num_pairs: int) -> torch.Tensor:
         return self.rows[PAIR_SLOTS, :num_pairs]
+
+    def sampled_tokens(self, num_pairs: int) -> torch.Tensor:
+        """Which of the step's tokens each pair is sampled behind, [num_pairs] int64, since its forward."""
+        return self._inputs.sampled_tokens[:num_pairs]
 
     def step_inputs(self, *, num_tokens: int, num_rows: int, num_pairs: int) -> StepInputs:
         """Where the inputs of a step of this size are gathered, at the same addresses in every step."""

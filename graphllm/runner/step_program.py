@@ -15,12 +15,14 @@ import torch
 from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
 from graphllm.cache.kv_cache import KVCache
+from graphllm.kernels.sampled_rows import SampledRows
 from graphllm.kernels.step_inputs import step_inputs
 from graphllm.kernels.triton_support import runs_triton
 from graphllm.models.decoder import Decoder
 from graphllm.runner.device_sampler import sample_by_reference, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.step_buffers import StepBuffers
+from graphllm.runner.step_reports import score_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,33 @@ class StepProgram:
         lines, slots = self.buffers.subset[:, :num_pairs].unbind()
         masks = self.buffers.masks[:num_pairs] if masked else None
         self._sample_by_reference(slots, variant, lines=lines, masks=masks)
+
+    def score(self, num_scored: int, *, num_tokens: int, num_top: int) -> None:
+        """Score the prompt tokens that the first `num_scored` lines of `buffers.scores` name.
+
+        The step has `num_tokens` tokens, padding included, and was the last to run. Its pairs must have been
+        sampled: their logits are lost. num_top: alternatives wanted, at most 20.
+        """
+        buffers, num_lines = self.buffers, len(self.buffers.logits)
+        for first in range(0, num_scored, num_lines):
+            # Kernels run whole slices, so that nothing is compiled or chosen anew for a size that comes up.
+            end = first + num_lines if self.runs_kernels else min(first + num_lines, num_scored)
+            scores, logits = buffers.scores.part(slice(first, end)), buffers.logits[: end - first]
+            hidden = self._model.final_hidden(scores.tokens, num_tokens=num_tokens, arena=self.arena)
+            self._model.project(hidden, arena=self.arena, out=logits)
+            rows = SampledRows(  # as many as there are targets; no slot is looked at
+                slots=scores.targets,
+                lines=None,
+                floats=buffers.sampling.floats,
+                ints=buffers.sampling.ints,
+                lengths=buffers.num_computed_tokens,
+            )
+            score_lines(logits, scores, rows=rows, arena=self.arena, num_top=num_top)
+
+    def pair_hidden(self, num_pairs: int, *, num_tokens: int) -> torch.Tensor:
+        """The final hidden states of the last step's first pairs, [num_pairs, hidden_size], in the arena."""
+        tokens = self.buffers.sampled_tokens(num_pairs)
+        return self._model.final_hidden(tokens, num_tokens=num_tokens, arena=self.arena)
 
     @property
     def runs_kernels(self) -> bool:

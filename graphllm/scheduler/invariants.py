@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
-from graphllm.scheduler.queues import is_moved
+from graphllm.scheduler.queues import is_moved, place
 from graphllm.sequence import Sequence, SequenceStatus
 
 if TYPE_CHECKING:
@@ -106,5 +106,5 @@ def _check_queues(scheduler: Scheduler) -> None:
 
 
 def _check_order(sequences: Iterable[Sequence]) -> None:
-    places = [(sequence.group.order, sequence.index) for sequence in sequences]
+    places = [place(sequence) for sequence in sequences]
     assert places == sorted(places), "a queue is out of order"

@@ -1,7 +1,8 @@
 """Who gives way when KV memory is short, and how.
 
 Owns the choice of victims and what becomes of them: swapped to the host tier, or released and computed
-again. Victims are the newest; one that has just come back is left alone until it has got somewhere.
+again. Victims are the newest of the lowest priority; one that has just come back is left alone until it has
+got somewhere.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Preemption:
         )
 
     def swap_early(self) -> None:
-        """Swap the newest out while two more steps of everybody still fit, so that nobody has to stop.
+        """Swap the last out while two more steps of everybody still fit, so that nobody has to stop.
 
         Copies take as long as they take: a victim that is found only when the last block is gone frees
         nothing for the step that needs it.
@@ -68,9 +69,9 @@ class Preemption:
             return
         needs = {each: self._num_blocks_soon(each) for each in running if not end_is_foreseen(each)}
         needed = sum(needs.values())
-        oldest = running[0]
+        first = running[0]
         for victim in reversed(tuple(needs)):
-            if victim is oldest or manager.num_free_blocks + self.num_blocks_coming >= needed:
+            if victim is first or manager.num_free_blocks + self.num_blocks_coming >= needed:
                 return
             if not _is_protected(victim) and self._tiers.can_swap_out(victim):
                 self.preempt(victim)
@@ -84,7 +85,7 @@ class Preemption:
         return max(0, self._manager.num_blocks_for(end) - len(sequence.block_table))
 
     def victim(self, spared: set[Sequence]) -> Sequence | None:
-        """The newest that is not among `spared` and has not just come back."""
+        """The last in order that is not among `spared` and has not just come back."""
         for sequence in reversed(self._queues.running):
             if sequence not in spared and not _is_protected(sequence):
                 return sequence

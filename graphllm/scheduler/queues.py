@@ -1,11 +1,13 @@
 """Where the sequences are that have not ended: waiting, running, or moved between the tiers.
 
-Owns the three lists and their order, arrival. Decides nothing.
+Owns the three lists and their order: priority, then arrival. Decides nothing.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import MutableSequence
 
 from graphllm.sequence import Sequence, SequenceStatus
 
@@ -13,7 +15,8 @@ from graphllm.sequence import Sequence, SequenceStatus
 class Queues:
     """`waiting` holds nothing yet; `running` has slots; `moved` is swapped or waits for a copy.
 
-    Each is in order of arrival, so the newest is last. Siblings that have not joined are in none.
+    Each is in order of `place`, so the newest of the lowest priority is last. Siblings that have not joined
+    are in none.
     """
 
     __slots__ = ("moved", "running", "waiting")
@@ -24,12 +27,8 @@ class Queues:
         self.moved: list[Sequence] = []
 
     def add_waiting(self, sequence: Sequence) -> None:
-        """Queue a sequence that has been further along: before all that arrived later."""
-        waiting, place = self.waiting, _place(sequence)
-        index = 0
-        while index < len(waiting) and _place(waiting[index]) < place:
-            index += 1
-        waiting.insert(index, sequence)
+        """Queue a sequence at its place: mostly last when it is new, early when it has run before."""
+        _insert(self.waiting, sequence)
 
     def add_running(self, sequence: Sequence) -> None:
         _insert(self.running, sequence)
@@ -66,12 +65,14 @@ def is_away(sequence: Sequence) -> bool:
     return not sequence.block_table
 
 
-def _insert(ordered: list[Sequence], sequence: Sequence) -> None:
-    index, place = len(ordered), _place(sequence)
-    while index and _place(ordered[index - 1]) > place:
-        index -= 1
-    ordered.insert(index, sequence)
+def place(sequence: Sequence) -> tuple[int, int, int]:
+    """Smaller runs earlier, and gives way later: priority, arrival, number in its group."""
+    group = sequence.group
+    return group.priority, group.order, sequence.index
 
 
-def _place(sequence: Sequence) -> tuple[int, int]:
-    return sequence.group.order, sequence.index
+def _insert(ordered: MutableSequence[Sequence], sequence: Sequence) -> None:
+    if not ordered or place(ordered[-1]) < place(sequence):
+        ordered.append(sequence)
+    else:
+        ordered.insert(bisect_left(ordered, place(sequence), key=place), sequence)

@@ -5,15 +5,17 @@ are the block manager's, slots the slot allocator's; `step_builder` puts the ste
 chooses who gives way, `prefix_sharing` and `tiers` know cached prefixes and copies between the tiers. What a
 step computes is the runner's. Pure Python: steps can be simulated by the million.
 
-The policy is first come, first served. Decodes go before prompt chunks, so that running streams keep
-their pace; what is left of the token budget goes to prompts in order of arrival. When blocks run out the
-newest sequence is preempted: it is swapped to the host tier, or, where that cannot be, released and
-computed again. Nobody overtakes an older sequence that waits for memory, so the oldest always comes to
-its end, and then the next.
+The policy is first come, first served, within a priority. Decodes go before prompt chunks, so that running
+streams keep their pace; what is left of the token budget goes to prompts in order of priority and arrival.
+When blocks run out the last in that order is preempted: it is swapped to the host tier, or, where that cannot
+be, released and computed again. Nobody overtakes an earlier sequence that waits for memory, so the first
+always comes to its end, and then the next. A better priority takes nothing from those that run already, as
+long as memory lasts.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from graphllm.batch import BlockTransfer, ScheduledBatch, StepResult
@@ -52,11 +54,12 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class AppliedToken:
-    """A sampled token that was added to its sequence."""
+    """A sampled token that was added to its sequence; of a sequence that generates nothing, its end."""
 
     sequence: Sequence
     token_id: int
     logprob: TokenLogprob | None
+    embedding: array[float] | None = None
 
 
 class Scheduler:
@@ -118,7 +121,7 @@ class Scheduler:
         """Queue a request. Its leader computes the prompt; siblings join when it is computed."""
         group.order = self._next_order
         self._next_order += 1
-        self.waiting.append(group.sequences[0])
+        self.queues.add_waiting(group.sequences[0])
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, *, stop_reason: str | int | None = None
@@ -207,11 +210,21 @@ class Scheduler:
         self.prefixes.confirm(batch.step_id)
         publishes = self.limits.enable_prefix_caching
         applied = []
-        for pair, token_id, logprob in zip(batch.pairs, result.token_ids, result.logprobs, strict=True):
+        for span, scores in zip(batch.spans, result.scores, strict=True):
+            if not span.sequence.is_finished:
+                assert span.sequence.group.prompt_logprobs is not None, "only what was asked for is scored"
+                span.sequence.group.prompt_logprobs.append(scores)
+        for index, (pair, token_id, logprob) in enumerate(
+            zip(batch.pairs, result.token_ids, result.logprobs, strict=True)
+        ):
             sequence = pair.sequence
             if sequence.is_finished or pair.generation != sequence.slot_generation:
                 continue
             sequence.num_in_flight_tokens -= 1
+            if not sequence.group.generates:
+                applied.append(AppliedToken(sequence, token_id, None, result.embeddings.get(index)))
+                self.finish(sequence, FinishReason.STOP if sequence.group.pooling else FinishReason.LENGTH)
+                continue
             sequence.token_ids.append(token_id)
             applied.append(AppliedToken(sequence, token_id, logprob))
             if publishes and sequence.status is SequenceStatus.RUNNING:
@@ -322,7 +335,7 @@ class Scheduler:
         while step.budget > 0 and step.has_slot:
             swapped = next((each for each in self.moved if is_away(each)), None)
             waiting = self.waiting[0] if self.waiting else None
-            if swapped is not None and (waiting is None or swapped.group.order <= waiting.group.order):
+            if swapped is not None and (waiting is None or swapped.group.place <= waiting.group.place):
                 if not self._swap_in(swapped):
                     return
                 continue
@@ -379,7 +392,7 @@ class Scheduler:
         )
 
     def _swap_in(self, sequence: Sequence) -> bool:
-        """Bring the oldest swapped sequence back; False when it waits for room, a step or its copy out."""
+        """Bring the first swapped sequence back; False when it waits for room, a step or its copy out."""
         num_spare_blocks = 0 if self._is_alone() else len(self.running) + 1
         outcome = self.tiers.swap_in(sequence, num_spare_blocks=num_spare_blocks)
         if outcome is SwapInOutcome.LOST:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from graphllm.batch import BlockAppend, SamplePair, ScheduledBatch, ScheduledRow, SlotInstall
+from graphllm.batch import BlockAppend, SamplePair, ScheduledBatch, ScheduledRow, ScoredSpan, SlotInstall
 from graphllm.cache.block_manager import BlockManager
 from graphllm.scheduler.preemption import Preemption
 from graphllm.scheduler.prefix_sharing import PrefixSharing
@@ -97,6 +97,8 @@ class StepBuilder:
             rows.append(ScheduledRow(sequence, sequence.slot, num_tokens))
         self._scheduled.add(sequence)
         self.budget -= num_tokens
+        if sequence.num_unscored_tokens:
+            self._add_span(row, sequence, num_tokens=num_tokens)
         sequence.num_computed_tokens += num_tokens
         if sequence.num_uncomputed_tokens == 0:  # the row of the last known token samples
             self._add_pair(row, sequence)
@@ -113,6 +115,7 @@ class StepBuilder:
             new_row = {old: new for new, old in enumerate(order)}
             batch.rows = [batch.rows[old] for old in order]
             batch.pairs = [replace(pair, row=new_row[pair.row]) for pair in batch.pairs]
+            batch.spans = [replace(span, row=new_row[span.row]) for span in batch.spans]
         return batch
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -157,11 +160,23 @@ class StepBuilder:
         sequence.num_in_flight_tokens += 1
         pairs, old_pairs = self.batch.pairs, self._previous.pairs
         old = old_pairs[len(pairs)] if len(pairs) < len(old_pairs) else None
-        # A generation has one slot and one sequence.
-        if old is not None and old.generation == sequence.slot_generation and old.row == row and not old.held:
+        # A generation has one slot and one sequence, and a sequence is constrained from its first token on.
+        if old is not None and old.generation == sequence.slot_generation and old.row == row:
             pairs.append(old)
         else:
-            pairs.append(SamplePair(row, sequence, sequence.slot, sequence.slot_generation))
+            held = sequence.constraint is not None
+            self.batch.pools |= sequence.group.pooling
+            pairs.append(SamplePair(row, sequence, sequence.slot, sequence.slot_generation, held))
+
+    def _add_span(self, row: int, sequence: Sequence, *, num_tokens: int) -> None:
+        """Score what the row reaches of a prompt; what was scored before a preemption is not scored again."""
+        start, first = sequence.num_computed_tokens, sequence.num_prompt_tokens - sequence.num_unscored_tokens
+        end = min(start + num_tokens + 1, sequence.num_prompt_tokens)
+        if end <= first:
+            return
+        assert start < first, "every token in front of one that is to be scored is computed"
+        self.batch.spans.append(ScoredSpan(row, sequence, first - 1 - start, end - first, first))
+        sequence.num_unscored_tokens -= end - first
 
     def _join_siblings(self, row: int, leader: Sequence) -> None:
         """The prompt is computed by this step: its siblings share its blocks and start here.

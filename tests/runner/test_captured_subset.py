@@ -12,7 +12,7 @@ from graphllm.config import EngineConfig
 from graphllm.engine.loading import LoadedModel, load
 from graphllm.runner.model_runner import StepHandle
 from tests.runner.recording_device import RecordingDevice
-from tests.runner.test_model_runner import only, schedule
+from tests.runner.test_model_runner import allow_only, schedule
 from tests.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,7 +44,7 @@ def test_held_and_free_rows_are_sampled_by_replays_once_they_are_captured(tmp_pa
         model = load(config, RecordingDevice(), show_progress=False)
         graphs = model.runner.graphs
         handle = launch_held(model, [1, 2, 3], [4, 5])
-        handle.sample(only(77)[None])
+        allow_only(handle, 77)
         assert complete(model, handle)[0] == 77
         for forced in (78, 79):
             while graphs.has_captures_due:
@@ -52,7 +52,7 @@ def test_held_and_free_rows_are_sampled_by_replays_once_they_are_captured(tmp_pa
             num_misses, num_replays = graphs.num_misses, graphs.num_replays
             handle = launch_held(model)
             assert not handle.ready(), "the held row waits, and its neighbour does not"
-            handle.sample(only(forced)[None])
+            allow_only(handle, forced)
             assert complete(model, handle)[0] == forced
         assert graphs.num_misses == num_misses, "forward, free sampler and masked sampler have graphs"
         assert graphs.num_replays == num_replays + 3

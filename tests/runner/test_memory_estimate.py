@@ -21,6 +21,7 @@ from graphllm.runner.memory_plan import StepLimits
 from graphllm.runner.step_buffers import StepBuffers
 from tests.models.equality import paged, prompt
 from tests.models.memory_checkpoint import tiny_qwen3
+from tests.models.moe_families import DEEPSEEK_V2, DEEPSEEK_V3, MIXTRAL, QWEN2_MOE
 from tests.runner.test_memory_plan import limits_of
 
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
@@ -32,12 +33,15 @@ def model_config(name: str) -> ModelConfig:
 
 
 LLAMA, QWEN = model_config("llama-3.2-1b"), model_config("qwen3-0.6b")
+BF16 = torch.bfloat16
 VARIANTS = {
     "llama": LLAMA,
     "qwen": QWEN,
     "untied": replace(LLAMA, tie_word_embeddings=False),
     "biases": replace(QWEN, attention_bias=True, attention_output_bias=True, mlp_bias=True),
     "heads that do not fill the hidden size": replace(LLAMA, head_dim=80, num_kv_heads=4),
+    "experts": model_config("qwen3-30b-a3b"),
+    "experts with biases, sinks": model_config("gpt-oss-20b"),
 }
 
 
@@ -59,7 +63,7 @@ def test_weights_are_counted_by_part_as_the_decoder_has_them(variant: str, dtype
     counted = weight_bytes(config, dtype)
     assert counted.embedding == found["embedding"]
     assert counted.attention == found["attention"]
-    assert counted.feed_forward == found["mlp"]
+    assert counted.feed_forward == found["mlp"] + found["moe"]
     assert counted.norms == found["norms"]
     assert counted.head == found["head"]
     assert counted.total == found.total()
@@ -78,9 +82,24 @@ def test_intermediates_grow_with_the_step_the_sequences_and_the_format() -> None
     assert estimate(small, max_num_seqs=9) - estimate(small) == 4 * 128256
 
 
-@pytest.mark.parametrize("shape", [{}, {"head_dim": 40}, {"intermediate_size": 40}])
-def test_intermediates_are_those_that_the_decoder_takes(shape: dict[str, int]) -> None:
-    model = paged(tiny_qwen3(**shape))
+# With one expert a token, so that nothing is as large as the experts' results, which a CPU adds up at once.
+INTERMEDIATES = {
+    "dense": lambda: tiny_qwen3(),
+    "large heads": lambda: tiny_qwen3(head_dim=40),
+    "a small feed-forward layer": lambda: tiny_qwen3(intermediate_size=40),
+    "experts": lambda: MIXTRAL.tiny("windows, wide heads, one expert a token"),
+    "large experts": lambda: MIXTRAL.tiny("windows, wide heads, one expert a token", intermediate_size=200),
+    "a gated shared expert": lambda: QWEN2_MOE.tiny("a gated shared expert", num_experts_per_tok=1),
+    "latents": lambda: DEEPSEEK_V2.tiny("queries from a latent", num_experts_per_tok=1),
+    "latents of keys alone": lambda: DEEPSEEK_V3.tiny(
+        "queries from the hidden state, halves turn, not normalized", num_experts_per_tok=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTERMEDIATES)
+def test_intermediates_are_those_that_the_decoder_takes(name: str) -> None:
+    model = paged(INTERMEDIATES[name]())
     model.step([(0, prompt(100))])
     estimated, without_a_step = (
         estimate_arena_bytes(
@@ -92,6 +111,32 @@ def test_intermediates_are_those_that_the_decoder_takes(shape: dict[str, int]) -
         for num_tokens in (100, 0)
     )
     assert model._arena.num_bytes == estimated - without_a_step
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "mixtral-8x7b"])
+def test_experts_take_a_row_for_each_of_a_token_s_experts(name: str) -> None:
+    config = model_config(name)
+    moe = config.layers[0].moe
+    assert moe is not None
+    small = limits_of(model_context=4096, max_num_batched_tokens=1024)
+    large = replace(small, max_num_batched_tokens=2048)
+    dense = replace(
+        config, intermediate_size=1, layers=tuple(replace(layer, moe=None) for layer in config.layers)
+    )
+
+    def grown(config: ModelConfig) -> int:
+        return estimate_arena_bytes(config, BF16, limits=large, max_num_seqs=1) - estimate_arena_bytes(
+            config, BF16, limits=small, max_num_seqs=1
+        )
+
+    query_size = config.num_heads * config.head_dim
+    qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
+    rows = moe.routing.top_k
+    wide = max(rows * config.hidden_size, qkv_size) - qkv_size
+    inner = max(rows * moe.expert_intermediate_size, query_size) - query_size
+    routing = moe.routing.num_experts + 2 * rows  # four bytes each
+    assert grown(config) - grown(dense) == 1024 * (2 * (wide + inner) + 4 * routing)
+    assert wide > 0
 
 
 @pytest.mark.parametrize(

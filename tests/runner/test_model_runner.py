@@ -12,9 +12,10 @@ from graphllm.batch import ScheduledBatch
 from graphllm.config import EngineConfig
 from graphllm.engine.loading import LoadedModel, load
 from graphllm.runner.device import InlineDevice
+from graphllm.runner.model_runner import StepHandle
 from graphllm.sampling_params import SamplingParams
 from graphllm.sequence import SequenceGroup
-from tests.tiny_model import VOCAB_SIZE, write_tiny_model
+from tests.tiny_model import write_tiny_model
 
 
 @pytest.fixture
@@ -34,12 +35,13 @@ def schedule(model: LoadedModel, *prompts: list[int]) -> ScheduledBatch:
     return batch
 
 
-def only(token_id: int) -> torch.Tensor:
-    """A grammar mask that allows one token. [ceil(vocab / 32)] int32"""
-    bits = torch.zeros(-(-VOCAB_SIZE // 32) * 32, dtype=torch.int64)
-    bits[token_id] = 1
-    words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
+def allow_only(handle: StepHandle, token_id: int) -> None:
+    """Mask every held row but for one token, and sample."""
+    for _, row in handle.held_rows:
+        assert (row == -1).all(), "a row starts with everything allowed"
+        row.fill(0)
+        row.view("uint32")[token_id // 32] = 1 << token_id % 32
+    handle.sample()
 
 
 def complete(model: LoadedModel, batch: ScheduledBatch) -> list[int]:
@@ -58,7 +60,7 @@ def test_held_row_waits_for_its_mask_and_its_neighbour_does_not(model: LoadedMod
     assert not handle.ready()
     table = model.runner.buffers.token_table
     neighbour = int(table[batch.pairs[1].slot, 4])
-    handle.sample(only(77)[None])
+    allow_only(handle, 77)
     assert handle.ready()
     result = handle.result()
     assert result.token_ids == [77, neighbour]
@@ -73,8 +75,23 @@ def test_held_sampling_without_restriction_changes_nothing(model: LoadedModel, t
     batch = schedule(other, [1, 2, 3])
     batch.pairs[0] = replace(batch.pairs[0], held=True)
     handle = other.runner.launch(batch)
-    handle.sample(torch.full((1, -(-VOCAB_SIZE // 32)), -1, dtype=torch.int32))
+    handle.sample()
     assert handle.result().token_ids == free
+
+
+def test_mask_rows_forget_what_an_earlier_step_wrote_in_them(model: LoadedModel) -> None:
+    tokens = []
+    for _ in range(8):  # each entry of the ring twice and more
+        batch = schedule(model, [1, 2, 3]) if not tokens else model.scheduler.schedule()
+        assert batch is not None
+        batch.pairs[0] = replace(batch.pairs[0], held=True)
+        handle = model.runner.launch(batch)
+        allow_only(handle, 40 + len(tokens))
+        result = handle.result()
+        model.scheduler.step_completed(batch.step_id)
+        model.scheduler.apply(batch, result)
+        tokens += result.token_ids
+    assert tokens == list(range(40, 48))
 
 
 def test_step_of_unchanged_membership_uploads_no_rows(model: LoadedModel) -> None:

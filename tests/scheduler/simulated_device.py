@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import random
 import zlib
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
-from graphllm.batch import BlockTransfer, ScheduledBatch, StepResult, TransferDirection
+from graphllm.batch import BlockTransfer, ScheduledBatch, ScoredSpan, StepResult, TransferDirection
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
-from graphllm.outputs import FinishReason
+from graphllm.outputs import FinishReason, PromptScores
 from graphllm.sampling_params import SamplingParams
 from graphllm.scheduler.scheduler import Scheduler, SchedulerLimits
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.sequence import Sequence, SequenceGroup
+from tests.scheduler.simulated_constraint import SimulatedConstraint
 
 VOCAB_SIZE = 97
 EOS = 96
@@ -46,21 +48,44 @@ def _extend_chain(chain: list[int], tokens: list[int]) -> None:
         chain.append(value)
 
 
-def next_token(last_kv: int, sibling: int) -> int:
-    """The fake model: any change of the context changes the token."""
-    return zlib.crc32(_BYTES[sibling], last_kv) % VOCAB_SIZE
+def next_token(last_kv: int, sibling: int, *, shift: int = 0) -> int:
+    """The fake model and its fake mask: any change of the context or of the `shift` changes the token."""
+    return (zlib.crc32(_BYTES[sibling], last_kv) + shift) % VOCAB_SIZE
 
 
 def expected_output(group: SequenceGroup, sibling: int) -> list[int]:
     """What a sequence generates when nothing ever disturbs it."""
+    if not group.generates:
+        return []
     value = kv_chain(group.prompt_token_ids)[-1]
     tokens: list[int] = []
+    constraint = None if group.sequences[sibling].constraint is None else SimulatedConstraint()
     while len(group.prompt_token_ids) + len(tokens) < group.max_total_tokens:
-        tokens.append(next_token(value, sibling))
+        shift = 0 if constraint is None else constraint.shift
+        tokens.append(next_token(value, sibling, shift=shift))
         value = zlib.crc32(_BYTES[tokens[-1]], value)
         if tokens[-1] == EOS and not group.params.ignore_eos:
             break
+        if constraint is not None:
+            constraint.accept(tokens[-1])
+            if constraint.is_finished:
+                break
     return tokens
+
+
+def expected_score(prompt_chain: list[int], position: int) -> float:
+    """The fake logprob of a prompt's token: any change of what stands in front of it changes it."""
+    return float(prompt_chain[position - 1] % 2**20)
+
+
+def assert_scored(group: SequenceGroup) -> None:
+    """Each token of the prompt was scored once, by a step that had all tokens in front of it."""
+    assert group.prompt_logprobs is not None
+    chain = kv_chain(group.prompt_token_ids)
+    expected = [expected_score(chain, position) for position in range(1, len(chain))]
+    found = [entry.logprob for entry in group.prompt_logprobs[1:] if entry is not None]
+    assert group.prompt_logprobs.num_scored == len(expected), f"{group.request_id} is scored in part"
+    assert found == expected, f"{group.request_id} has wrong scores"
 
 
 @dataclass(slots=True)
@@ -82,6 +107,7 @@ class _Step:
     batch: ScheduledBatch
     installs: list[tuple[int, _Slot]]
     owners: list[tuple[Sequence, int]]  # the rows' sequences and their slots' generations
+    shifts: dict[int, int] | None  # of held pairs, by their index; None until they are sampled
 
 
 @dataclass(slots=True)
@@ -114,7 +140,18 @@ class SimulatedDevice:
 
     # -- steps ------------------------------------------------------------------------------------
 
+    @property
+    def held_batch(self) -> ScheduledBatch | None:
+        """The newest step, while its held pairs are not sampled."""
+        return self.queue[-1].batch if self.queue and self.queue[-1].shifts is None else None
+
+    def sample(self, shifts: dict[int, int]) -> None:
+        """Sample the held pairs of the newest step; those that are missing mean nothing to anybody."""
+        assert self.held_batch is not None, "no pair was held back"
+        self.queue[-1].shifts = shifts
+
     def launch(self, batch: ScheduledBatch) -> None:
+        assert self.held_batch is None, "the logits of a step are lost that is not sampled"
         installs = []
         for install in batch.installs:
             sequence = install.sequence
@@ -123,13 +160,15 @@ class SimulatedDevice:
             slot = _Slot(tokens, kv_chain(tokens), table, install.num_computed_tokens, sequence.index)
             installs.append((install.slot, slot))
         owners = [(row.sequence, row.sequence.slot_generation) for row in batch.rows]
-        self.queue.append(_Step(batch, installs, owners))
+        is_held = any(pair.held for pair in batch.pairs)
+        self.queue.append(_Step(batch, installs, owners, None if is_held else {}))
         self.launched_step = batch.step_id
 
     def complete(self, *, fails: bool = False) -> tuple[ScheduledBatch, StepResult | None]:
         """Run the oldest step; no result when it `fails`."""
         step = self.queue.popleft()
-        batch = step.batch
+        batch, shifts = step.batch, step.shifts
+        assert shifts is not None, "a step cannot end that is not sampled"
         for source, destination in batch.copies:
             self.memory[destination] = list(self.memory[source])
         for number, state in step.installs:
@@ -143,11 +182,12 @@ class SimulatedDevice:
             is_live = not sequence.is_finished and sequence.slot_generation == generation
             self._forward(self.slots[row.slot], row.num_tokens, must_be_right=is_live and not fails)
         tokens = []
-        for pair in batch.pairs:
+        for index, pair in enumerate(batch.pairs):
             slot = self.slots[pair.slot]
             source = self.slots[batch.rows[pair.row].slot]
             slot.is_spoiled |= source.is_spoiled
-            token = next_token(source.chain[source.num_computed - 1], slot.sibling)
+            shift = shifts.get(index, 0)
+            token = next_token(source.chain[source.num_computed - 1], slot.sibling, shift=shift)
             del slot.tokens[slot.num_computed :], slot.chain[slot.num_computed :]
             slot.tokens.append(token)
             _extend_chain(slot.chain, slot.tokens)
@@ -155,7 +195,18 @@ class SimulatedDevice:
         self.completed_step = batch.step_id
         for transfer in self.transfers:
             self._begin(transfer)
-        return batch, None if fails else StepResult(batch.step_id, tokens, [None] * len(tokens))
+        if fails:
+            return batch, None
+        scores = [self._score(batch, span) for span in batch.spans]
+        return batch, StepResult(batch.step_id, tokens, [None] * len(tokens), scores)
+
+    def _score(self, batch: ScheduledBatch, span: ScoredSpan) -> PromptScores:
+        row = batch.rows[span.row]
+        slot = self.slots[row.slot]
+        assert 0 <= span.offset <= row.num_tokens - span.num_tokens, "a span beyond its row"
+        first = slot.num_computed - row.num_tokens + span.offset + 1
+        scores = [expected_score(slot.chain, position) for position in range(first, first + span.num_tokens)]
+        return PromptScores(array("f", scores), array("i", [1] * len(scores)), array("i"), array("f"))
 
     def _forward(self, slot: _Slot, num_tokens: int, *, must_be_right: bool) -> None:
         start, end = slot.num_computed, slot.num_computed + num_tokens
@@ -262,6 +313,7 @@ class Simulation:
         ignore_eos: bool = True,
         cache_salt: str | None = None,
         skips_prefix_lookup: bool = False,
+        priority: int = 0,
     ) -> SequenceGroup:
         group = SequenceGroup(
             f"request-{len(self.groups)}",
@@ -271,6 +323,7 @@ class Simulation:
             max_total_tokens=len(prompt) + max_tokens,
             cache_salt=cache_salt,
             skips_prefix_lookup=skips_prefix_lookup,
+            priority=priority,
         )
         self.groups.append(group)
         self.scheduler.add(group)

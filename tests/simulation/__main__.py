@@ -15,7 +15,8 @@ def main() -> None:
     arguments = parser.parse_args()
     outcome = simulate(arguments.seed, arguments.steps)
     print(f"{outcome.num_steps} steps, {outcome.num_steps / outcome.seconds:.0f} a CPU second")
-    print(f"{outcome.num_requests} requests, the oldest waited {outcome.longest_wait} steps at most")
+    print(f"{outcome.num_requests} requests, the first waited {outcome.longest_wait} steps at most")
+    print(f"{outcome.num_constrained_tokens} constrained tokens, {outcome.num_overtakers} overtakers")
     print({**asdict(outcome.counters), "num_evicted_blocks": outcome.num_evicted_blocks})
 
 

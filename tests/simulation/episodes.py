@@ -17,13 +17,19 @@ class SimulationFailure(AssertionError):
 
 @dataclass(slots=True)
 class Outcome:
-    """What was simulated: steps, requests, CPU seconds, the longest wait (steps), what happened to KV."""
+    """What was simulated: steps, requests, CPU seconds, the longest wait (steps), what happened to KV.
+
+    num_constrained_tokens were sampled apart from their forward; num_overtakers counts requests that started
+    before older ones of a lower priority.
+    """
 
     num_steps: int = 0
     num_requests: int = 0
     seconds: float = 0.0
     longest_wait: int = 0
     num_evicted_blocks: int = 0
+    num_constrained_tokens: int = 0
+    num_overtakers: int = 0
     counters: KVCounters = field(default_factory=KVCounters)
 
     def add(self, world: World) -> None:
@@ -31,6 +37,8 @@ class Outcome:
         self.num_requests += world.num_requests
         self.longest_wait = max(self.longest_wait, world.longest_wait)
         self.num_evicted_blocks += world.manager.num_evicted_blocks
+        self.num_constrained_tokens += world.num_constrained_tokens
+        self.num_overtakers += world.num_overtakers
         for name in (each.name for each in fields(KVCounters)):
             total = getattr(self.counters, name) + getattr(world.scheduler.counters, name)
             setattr(self.counters, name, total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,8 @@ from tests.simulation.episodes import STEPS_OF_A_WORLD, SimulationFailure, simul
 from tests.simulation.world import CROWD, STORM, Configuration, World
 
 MAX_WORLDS = 12
+PRIORITIES = replace(CROWD, num_priorities=4)
+CONSTRAINED = replace(CROWD, constrained_share=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ MUTANTS = {
         "publish_confirmed",
         "(len(sequence.token_ids) - 1) //",
         "len(sequence.token_ids) //",
+        configuration=CROWD,
         without_checks=True,
     ),
     "a dropped host block is still found": Mutant(
@@ -129,8 +132,45 @@ MUTANTS = {
         configuration=STORM,
         without_checks=True,
     ),
+    "a recomputed prompt is scored from its row's beginning": Mutant(
+        StepBuilder, "_add_span", "first - 1 - start", "0", configuration=CROWD, without_checks=True
+    ),
+    "scores follow the rows' old order": Mutant(
+        StepBuilder, "finish", "replace(span, row=new_row[span.row])", "span", without_checks=True
+    ),
+    "only the first chunk of a prompt is scored": Mutant(
+        StepBuilder,
+        "_add_span",
+        "sequence.num_unscored_tokens -= end - first",
+        "sequence.num_unscored_tokens = 0",
+        without_checks=True,
+    ),
+    "a new request queues behind those of lower priority": Mutant(
+        queues,
+        "_insert",
+        "place(ordered[-1]) < place(sequence)",
+        "True",
+        configuration=PRIORITIES,
+        without_checks=True,
+    ),
+    "constrained rows are sampled with their forward": Mutant(
+        StepBuilder,
+        "_add_pair",
+        "held = sequence.constraint is not None",
+        "held = False",
+        configuration=CONSTRAINED,
+        without_checks=True,
+    ),
+    "a preempted sequence forgets a token in flight": Mutant(
+        Scheduler,
+        "apply",
+        "pair.generation != sequence.slot_generation",
+        "pair.slot != sequence.slot",
+        configuration=CONSTRAINED,
+        without_checks=True,
+    ),
     "newer requests overtake swapped ones": Mutant(
-        Scheduler, "_admit", "swapped.group.order <= waiting.group.order", "False", configuration=CROWD
+        Scheduler, "_admit", "swapped.group.place <= waiting.group.place", "False", configuration=CROWD
     ),
 }
 

@@ -8,6 +8,7 @@ for a few thousand steps with one configuration, then it is drained and must hol
 from __future__ import annotations
 
 import random
+from bisect import insort
 from dataclasses import dataclass, replace
 
 from graphllm.batch import ScheduledBatch
@@ -15,14 +16,16 @@ from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
 from graphllm.outputs import FinishReason
 from graphllm.sampling_params import SamplingParams
-from graphllm.scheduler.scheduler import Scheduler, SchedulerLimits
+from graphllm.scheduler.queues import is_away, is_moved
+from graphllm.scheduler.scheduler import AppliedToken, Scheduler, SchedulerLimits
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.scheduler.tiers import ConstantRates
-from graphllm.sequence import SequenceGroup
-from tests.scheduler.simulated_device import EOS, SimulatedDevice, expected_output
+from graphllm.sequence import Sequence, SequenceGroup, SequenceStatus
+from tests.scheduler.simulated_constraint import SimulatedConstraint
+from tests.scheduler.simulated_device import EOS, SimulatedDevice, assert_scored, expected_output
 
 STEPS_BETWEEN_FULL_CHECKS = 1_000
-# The oldest request ends within so many steps, whatever happens to the others.
+# The first request in order of priority and arrival ends within so many steps, whatever happens to others.
 MAX_STEPS_OF_THE_OLDEST = 400
 MAX_TURNS_WITHOUT_A_STEP = 400
 
@@ -52,12 +55,17 @@ class Configuration:
     transfer_failure_chance: float
     transfer_chance: float
     copy_latency: float
+    num_priorities: int
+    constrained_share: float
 
     @staticmethod
     def draw(rng: random.Random) -> Configuration:
         """Small pools, so that memory is short most of the time; now and then one of the worst."""
+        num_priorities = rng.choice([1, 1, 4])
+        constrained_share = rng.choice([0.0, 0.4])
         if rng.random() < 0.3:
-            return rng.choice([STORM, CROWD])
+            worst = rng.choice([STORM, CROWD])
+            return replace(worst, num_priorities=num_priorities, constrained_share=constrained_share)
         block_size = rng.choice([1, 2, 4, 4, 4, 8, 16])
         longest = rng.choice([24, 48, 64])
         num_for_longest = -(-longest // block_size)
@@ -82,6 +90,8 @@ class Configuration:
             transfer_failure_chance=rng.choice([0.0, 0.0, 0.1]),
             transfer_chance=rng.choice([0.1, 0.3, 0.8]),
             copy_latency=rng.choice([0.0, 4e-4]),
+            num_priorities=num_priorities,
+            constrained_share=constrained_share,
         )
 
 
@@ -105,6 +115,8 @@ STORM = Configuration(
     transfer_failure_chance=0.1,
     transfer_chance=0.3,
     copy_latency=0.0,
+    num_priorities=1,
+    constrained_share=0.0,
 )
 
 # Short prompts, long outputs and unreliable copies: everybody is swapped, and what is cold moves down.
@@ -149,7 +161,9 @@ class World:
         self.device = SimulatedDevice(
             conf.num_blocks, conf.block_size, conf.num_swap_blocks + conf.num_cache_blocks
         )
-        self.open: list[SequenceGroup] = []  # requests that have not ended, oldest first
+        self.open: list[SequenceGroup] = []  # requests that have not ended, in order of priority and arrival
+        self.num_constrained_tokens = 0
+        self.num_overtakers = 0  # requests that started before others which had waited for longer
         self.num_steps = 0
         self.num_requests = 0
         self.longest_wait = 0
@@ -195,20 +209,52 @@ class World:
             self._complete_transfer()
         if conf.max_pinned_blocks and draw() < 0.01:
             self._pin()
+        if device.held_batch is not None:
+            self._sample_held(device.held_batch)
         launched = False
         if (
             len(device.queue) < conf.depth
+            and device.held_batch is None
             and self.scheduler.has_unfinished
             and (not device.queue or draw() < 0.7)
         ):
             launched = self._launch()
-        if device.queue and (not launched or len(device.queue) == conf.depth) and draw() < 0.9:
+        may_end = bool(device.queue) and device.queue[0].shifts is not None
+        if may_end and (not launched or len(device.queue) == conf.depth) and draw() < 0.9:
             self._complete_step()
+
+    def _sample_held(self, batch: ScheduledBatch) -> None:
+        """Sample a step's held pairs, now or a little later, when the tokens before theirs are known."""
+        live = {
+            index: pair.sequence
+            for index, pair in enumerate(batch.pairs)
+            if pair.held
+            and not pair.sequence.is_finished
+            and pair.generation == pair.sequence.slot_generation
+        }
+        is_due = all(sequence.num_in_flight_tokens == 1 for sequence in live.values())
+        if len(self.device.queue) == 1:
+            assert is_due, "rows wait for a step that is none"
+        if not is_due or self.rng.random() < 0.3:
+            return
+        shifts = {}
+        for index, sequence in live.items():
+            constraint = sequence.constraint
+            assert isinstance(constraint, SimulatedConstraint)
+            assert constraint.num_accepted == sequence.num_output_tokens, "a token that is not known"
+            shifts[index] = constraint.shift
+        self.device.sample(shifts)
 
     def _launch(self) -> bool:
         transfers_first = self.rng.random() < 0.5
+        waiting, swapped = (
+            list(self.scheduler.waiting),
+            [each for each in self.scheduler.moved if is_away(each)],
+        )
         batch = self.scheduler.schedule()
         self.check()
+        if batch is not None:
+            self._check_order(batch, waiting, swapped)
         if transfers_first:
             self._launch_transfers()
         if batch is not None:
@@ -229,6 +275,24 @@ class World:
         assert batch.num_tokens <= conf.max_num_batched_tokens
         assert len(batch.rows) <= conf.max_num_seqs
         assert len({row.slot for row in batch.rows}) == len(batch.rows)
+        for pair in batch.pairs:
+            assert pair.held == (pair.sequence.constraint is not None), "held for no reason, or not held"
+
+    def _check_order(self, batch: ScheduledBatch, waiting: list[Sequence], swapped: list[Sequence]) -> None:
+        """Who waited and has started has overtaken nobody of a better place who waits or is swapped still."""
+        had_waited = {id(sequence) for sequence in waiting}
+        started = [each.sequence for each in batch.installs if id(each.sequence) in had_waited]
+        if not started:
+            return
+        last = max(sequence.group.place for sequence in started)
+        for sequence in waiting:
+            if sequence.status is SequenceStatus.WAITING and not is_moved(sequence):
+                assert sequence.group.place >= last, "a waiting request was overtaken"
+                if sequence.group.order < max(each.group.order for each in started):
+                    self.num_overtakers += 1
+        for sequence in swapped:
+            if is_moved(sequence) and is_away(sequence):
+                assert sequence.group.place >= last, "a swapped request was overtaken"
 
     def _complete_step(self) -> None:
         fails = self.rng.random() < self.configuration.step_failure_chance
@@ -239,9 +303,19 @@ class World:
             for row in batch.rows:
                 self.scheduler.abort(row.sequence.group)
         else:
-            self.scheduler.apply(batch, result)
+            for token in self.scheduler.apply(batch, result):
+                self._accept(token)
         self.check()
         self._retire()
+
+    def _accept(self, token: AppliedToken) -> None:
+        constraint = token.sequence.constraint
+        if constraint is None:
+            return
+        self.num_constrained_tokens += 1
+        constraint.accept(token.token_id)
+        if constraint.is_finished:
+            self.scheduler.finish(token.sequence, FinishReason.STOP)
 
     def _complete_transfer(self) -> None:
         """Any of those that can end, in any order."""
@@ -273,22 +347,31 @@ class World:
         rng = self.rng
         longest_output = self.configuration.longest - len(prompt)
         max_tokens = rng.choice([longest_output, rng.randrange(1, longest_output + 1)])
+        if rng.random() < 0.1:
+            max_tokens = 0
         group = SequenceGroup(
             f"request-{self.num_requests}",
             prompt,
             params=SamplingParams(
-                n=rng.choice([1, 1, 1, 1, 2, 4]), max_tokens=max_tokens, ignore_eos=rng.random() < 0.5
+                n=rng.choice([1, 1, 1, 1, 2, 4]),
+                max_tokens=max_tokens,
+                ignore_eos=rng.random() < 0.5,
+                prompt_logprobs=0 if rng.random() < 0.2 else None,
             ),
             seed=0,
-            max_total_tokens=len(prompt) + max_tokens,
+            max_total_tokens=len(prompt) + max(1, max_tokens),
             cache_salt="salted" if rng.random() < 0.1 else None,
             skips_prefix_lookup=rng.random() < 0.1,
+            priority=rng.randrange(self.configuration.num_priorities) - 1,
         )
+        if group.generates and rng.random() < self.configuration.constrained_share:
+            for sequence in group.sequences:
+                sequence.constraint = SimulatedConstraint()
         self.num_requests += 1
-        if not self.open:
-            self._oldest_since = self.num_steps
-        self.open.append(group)
         self.scheduler.add(group)
+        insort(self.open, group, key=lambda each: each.place)
+        if self.open[0] is group:
+            self._oldest_since = self.num_steps
 
     def _disturb(self) -> None:
         """A client leaves, all leave at once, or a stop string ends one sequence."""
@@ -314,7 +397,7 @@ class World:
         self.check()
 
     def _retire(self) -> None:
-        """Compare what has ended with an undisturbed run, and see how long the oldest has been waiting."""
+        """Compare what has ended with an undisturbed run, and see how long the first has been waiting."""
         while self.open and self.open[0].is_finished:
             self._compare(self.open.pop(0))
             self._oldest_since = self.num_steps
@@ -325,9 +408,11 @@ class World:
             self.open = [group for group in self.open if not group.is_finished]
         if self.open:
             self.longest_wait = max(self.longest_wait, self.num_steps - self._oldest_since)
-            assert self.longest_wait <= MAX_STEPS_OF_THE_OLDEST, "the oldest request starves"
+            assert self.longest_wait <= MAX_STEPS_OF_THE_OLDEST, "the first request starves"
 
     def _compare(self, group: SequenceGroup) -> None:
+        if group.prompt_logprobs is not None and group.sequences[0].finish_reason is not FinishReason.ABORT:
+            assert_scored(group)
         for sequence in group.sequences:
             assert sequence.finish_reason is not None
             assert sequence.num_cached_tokens < sequence.num_prompt_tokens or not sequence.num_cached_tokens
