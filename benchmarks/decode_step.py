@@ -27,7 +27,9 @@ from graphllm.attention.backend import (
 from graphllm.attention.paged import PagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.kernels.linear import LinearProduct, give_threads, linear_openblas, linear_ref
-from graphllm.models.config import ModelConfig
+from graphllm.layers.norm import NormConfig
+from graphllm.layers.rotary import RotaryConfig
+from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.weights import choose_product
 from graphllm.quant.unquantized import Unquantized
@@ -36,18 +38,13 @@ DEMO_SHAPE = ModelConfig(
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
-    num_layers=30,
+    layers=30 * (LayerConfig(rotary=RotaryConfig(rotary_dim=64, theta=100000.0)),),
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
     max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=100000.0,
-    rope_scaling=None,
+    norm=NormConfig(eps=1e-5),
     attention_scale=64**-0.5,
-    attention_bias=False,
-    attention_output_bias=False,
-    mlp_bias=False,
     activation="silu",
     tie_word_embeddings=True,
 )
@@ -89,10 +86,19 @@ class TimedAttention(PagedAttention):
         spec: AttentionSpec,
         metadata: AttentionMetadata,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
         out: torch.Tensor,
     ) -> None:
         start = time.perf_counter()
-        super().forward(query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out)
+        super().forward(
+            query,
+            layer_cache=layer_cache,
+            spec=spec,
+            metadata=metadata,
+            sinks=sinks,
+            slopes=slopes,
+            out=out,
+        )
         self.seconds += time.perf_counter() - start
 
 
@@ -205,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     dtype: torch.dtype = getattr(torch, options.dtype)
-    config = replace(DEMO_SHAPE, num_layers=options.layers)
+    config = replace(DEMO_SHAPE, layers=options.layers * DEMO_SHAPE.layers[:1])
     products: dict[str, LinearProduct] = {"torch": linear_ref, "openblas": linear_openblas}
     product = products.get(options.product) or choose_product(config, device=CPU, dtype=dtype)
     give_threads(product, options.threads)

@@ -130,13 +130,15 @@ class AttentionBackend(Protocol):
         spec: AttentionSpec,
         metadata: AttentionMetadata,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
         out: torch.Tensor,
     ) -> None:
         """Attend the step's queries into `out`.
 
         query: [num_tokens, num_heads, head_dim], rotary already applied, heads and their dimensions
         contiguous, any stride between tokens. sinks: [num_heads] float32, a logit each that takes part in
-        the softmax and has no value (gpt-oss). out: [num_tokens, num_heads, head_dim], contiguous; what
-        padding tokens leave there is not defined.
+        the softmax and has no value (gpt-oss). slopes: [num_heads] float32, ALiBi's; not with
+        sinks. out: [num_tokens, num_heads, head_dim], contiguous; what padding tokens leave there is not
+        defined.
         """
         ...

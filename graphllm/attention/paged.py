@@ -50,13 +50,20 @@ class PagedAttention:
         spec: AttentionSpec,
         metadata: AttentionMetadata,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
         out: torch.Tensor,
     ) -> None:
         """See `AttentionBackend.forward`."""
         assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
-        if sinks is not None or spec.softcap is not None:
+        if sinks is not None or slopes is not None or spec.softcap is not None:
             self._attend_by_reference(
-                query, layer_cache=layer_cache, spec=spec, metadata=metadata, sinks=sinks, out=out
+                query,
+                layer_cache=layer_cache,
+                spec=spec,
+                metadata=metadata,
+                sinks=sinks,
+                slopes=slopes,
+                out=out,
             )
             return
         groups: list[RowGroup] = metadata.work
@@ -74,6 +81,7 @@ class PagedAttention:
         spec: AttentionSpec,
         metadata: AttentionMetadata,
         sinks: torch.Tensor | None,
+        slopes: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
         """What torch's attention cannot express is computed row by row, as it is specified."""
@@ -91,6 +99,7 @@ class PagedAttention:
                 sliding_window=spec.sliding_window,
                 softcap=spec.softcap,
                 sinks=sinks,
+                slopes=slopes,
                 key_scale=layer_cache.key_scale,
                 value_scale=layer_cache.value_scale,
             )
@@ -100,6 +109,7 @@ class PagedAttention:
         self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
+        group = group.within(spec.sliding_window)
         num_tokens, width = len(group.slots), spec.num_kv_heads * spec.head_dim
         is_scaled = layer_cache.key_scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.key.dtype

@@ -36,6 +36,30 @@ class RowGroup:
     context_lens: torch.Tensor
     is_padded: bool
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _within: dict[int, RowGroup] = field(default_factory=dict)
+
+    def within(self, sliding_window: int | None) -> RowGroup:
+        """The same queries over those tokens alone that any of them sees through the window.
+
+        Positions are counted from each row's first such token, which moves queries and keys alike. Built by
+        the first layer that asks, and kept for the others.
+        """
+        width = self.max_context if sliding_window is None else sliding_window + self.query_len - 1
+        if sliding_window is None or width >= self.max_context:
+            return self
+        if sliding_window not in self._within:
+            first = (self.context_lens - width).clamp_(min=0)  # [num_rows] int64
+            positions = first[:, None] + torch.arange(width)  # [num_rows, width] int64
+            self._within[sliding_window] = RowGroup(
+                tokens=self.tokens,
+                num_rows=self.num_rows,
+                query_len=self.query_len,
+                max_context=width,
+                slots=self.slots.view(self.num_rows, -1).gather(1, positions).view(-1),
+                context_lens=self.context_lens - first,
+                is_padded=int(self.context_lens.min()) < width,
+            )
+        return self._within[sliding_window]
 
     def is_causal(self, sliding_window: int | None) -> bool:
         """Whether the plain causal triangle says it all: a prompt from its start."""

@@ -96,6 +96,7 @@ class TritonPagedAttention:
         spec: AttentionSpec,
         metadata: AttentionMetadata,
         sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
         out: torch.Tensor,
     ) -> None:
         """See `AttentionBackend.forward`."""
@@ -113,6 +114,7 @@ class TritonPagedAttention:
             scale=spec.scale,
             softcap=spec.softcap,
             sinks=sinks,
+            slopes=slopes,
             key_scale=layer_cache.key_scale,
             value_scale=layer_cache.value_scale,
             out=out,
@@ -136,6 +138,7 @@ class TritonPagedAttention:
             sliding_window=spec.sliding_window,
             softcap=spec.softcap,
             sinks=sinks,
+            slopes=slopes,
             key_scale=layer_cache.key_scale,
             value_scale=layer_cache.value_scale,
             out=out,

@@ -129,7 +129,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     eos_token_ids = _end_token_ids(tokenizer, model_config.vocab_size)
     program = parts.program(kv_cache)
     graphs = parts.graphs(program, enabled=not config.enforce_eager, max_bytes=graph_bytes)
-    runner = parts.runner(program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids)
+    runner = parts.new_runner(program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids)
     host = plan_host(
         config,
         kv_shape,

@@ -1,6 +1,7 @@
 """What the decode and the prefill kernel of paged attention do alike with a tile of keys and values.
 
-    s        = scale q.k, soft-capped, times log2(e), so that the softmax needs exp2 only
+    s        = scale q.k, soft-capped, plus ALiBi's slope times the key's position, all of it times log2(e),
+               so that the softmax needs exp2 only
     m', l'   = max(m, max_i s_i),  2^(m - m') l + sum_i 2^(s_i - m')
     acc'     = 2^(m - m') acc + sum_i 2^(s_i - m') v_i                 (online softmax, arXiv:1805.02867)
 
@@ -92,18 +93,22 @@ def attend_tile(
     key_scale,
     value_scale,
     rows,
+    positions,
     is_inside,
     is_visible,
     kv_head,
+    slopes,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """One tile of keys and values into the running softmax. query: [M, DIMS]; is_visible: [M or 1, tile].
+    """One tile of keys and values into the running softmax. query: [M, DIMS]; rows, positions, is_inside:
+    [tile]; is_visible: [M or 1, tile]; slopes: [M] float32 where HAS_SLOPES.
 
     Returns accumulator [M, DIMS], total [M], maximum [M], all float32. A key's scale multiplies its scores
     and a value's scale its probabilities, so that 8-bit operands become the query's format exactly.
@@ -116,10 +121,12 @@ def attend_tile(
         scales = rows * NUM_KV_HEADS + kv_head
         products *= tl.load(key_scale + scales, mask=is_inside, other=0.0)[None, :]
     scores = capped(products, SCALE, SOFTCAP)
-    if IS_MASKED:
-        scores = tl.where(is_visible, scores, float("-inf"))
     # The positive factor that makes exp2 the softmax's exp; kept back for one multiply-add a score.
     UNIT: tl.constexpr = (SOFTCAP if SOFTCAP != 0 else SCALE) * _LOG2_E
+    if HAS_SLOPES:
+        scores += (slopes * (_LOG2_E / UNIT))[:, None] * positions.to(tl.float32)[None, :]
+    if IS_MASKED:
+        scores = tl.where(is_visible, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * UNIT)
     weights = tl.exp2(scores * UNIT - new_maximum[:, None])
     decay = tl.exp2(maximum - new_maximum)

@@ -4,6 +4,7 @@ y = f(gate) * up,  with f one of
 silu:       f(x) = x * sigmoid(x)
 gelu:       f(x) = x * Phi(x), Phi the normal distribution function
 gelu_tanh:  f(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+relu:       f(x) = max(x, 0)
 
 f runs in float32 and is rounded to the dtype of its input before it is multiplied, as the models were
 trained.
@@ -27,7 +28,7 @@ from graphllm.kernels.triton_support import (
     widen,
 )
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 # Two 16-byte loads of bfloat16 for each of 128 threads.
 _TILE = 1024
@@ -42,19 +43,26 @@ _SILU_OUT = torch.ops.aten.silu.out
 _GELU_OUT = torch.ops.aten.gelu.out
 
 
+def activate_ref(x: Tensor, activation: Activation, *, out: Tensor) -> Tensor:
+    """f of x, of any floating dtype, into out of the same shape, which may be x itself. Returns out."""
+    if activation == "silu":
+        return _SILU_OUT(x, out=out)
+    if activation == "relu":
+        return torch.clamp_min(x, 0.0, out=out)
+    return _GELU_OUT(x, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
+
+
 def gated_activation_ref(gate_up: Tensor, activation: Activation, *, out: Tensor) -> Tensor:
     """gate_up: [num_tokens, 2 * intermediate], gates first; out: [num_tokens, intermediate], returned."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if activation == "silu":
-        _SILU_OUT(gate, out=out)
-    else:
-        _GELU_OUT(gate, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
-    return out.mul_(up)
+    return activate_ref(gate, activation, out=out).mul_(up)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """f of float32 values."""
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     # (1 + tanh(u)) / 2 = sigmoid(2 u): one exponential, and no cancellation for negative x.

@@ -4,14 +4,17 @@ A row r has context_len L tokens in its cache blocks, of which the last n = quer
 queries. For query j (at position p = L - n + j), head h, and its key/value head g = h // (H / H_kv):
 
     visible(i) = i <= p, and i > p - sliding_window where there is a window
-    score_i    = cap(scale * q_{j,h} . k_{i,g})   for visible i; cap(s) = c tanh(s / c), or s without softcap
+    score_i    = cap(scale * q_{j,h} . k_{i,g}) + slope_h * i   for visible i; no slopes, no second term
+    cap(s)     = c tanh(s / c), or s without softcap
     weight_i   = exp(score_i) / (sum_i' exp(score_i') + exp(sink_h)), in float32; no sink, no second term
     y_{j,h}    = sum_i weight_i * v_{i,g}
 
 Token i of the row lies in slot block_table[i // block_size] * block_size + i % block_size. Only slots of
 the row's own L tokens are read: what unused slots hold (NaN included) never matters. Where the cache keeps
 8 bits, k_{i,g} = key_cache * key_scale[slot, g], and v likewise. Soft capping is Gemma 2's
-(arXiv:2408.00118); sinks are learned logits without a value (arXiv:2309.17453, as gpt-oss has them).
+(arXiv:2408.00118); sinks are learned logits without a value (arXiv:2309.17453, as gpt-oss has them). Slopes
+are ALiBi's (arXiv:2108.12409), whose penalty slope_h * (p - i) differs by what all of a query's scores share,
+which changes nothing without a sink; with one there is no ALiBi.
 
 `paged_attention_ref` says this row by row; the kernels of paged_decode_attention.py and
 paged_prefill_attention.py are held to it. `gathered_attention` is the CPU path for rows of like shape: it
@@ -42,6 +45,7 @@ def paged_attention_ref(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
 ) -> Tensor:
@@ -49,7 +53,7 @@ def paged_attention_ref(
 
     query: [num_tokens, num_heads, head_dim], rows one after the other; caches: [num_blocks, block_size,
     num_kv_heads, head_dim]; block_tables: [num_slots, max_blocks]; row_slots, query_lens, context_lens:
-    [num_rows], rows without tokens allowed; sinks: [num_heads]; key_scale, value_scale: [num_blocks,
+    [num_rows], rows without tokens allowed; sinks, slopes: [num_heads]; key_scale, value_scale: [num_blocks,
     block_size, num_kv_heads], for caches in 8 bits. Returns query's shape and dtype, zeros for tokens that
     belong to no row.
     """
@@ -66,6 +70,8 @@ def paged_attention_ref(
         scores = torch.einsum("qgrd,kgd->grqk", queries, keys) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            scores = scores + slopes.float().view(num_kv_heads, -1, 1, 1) * positions
         query_positions = positions[context_len - query_len :, None]
         visible = positions <= query_positions  # [query_len, context_len] bool
         if sliding_window is not None:

@@ -110,6 +110,7 @@ def paged_decode_attention_ref(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor,
@@ -128,6 +129,8 @@ def paged_decode_attention_ref(
         scores = torch.einsum("grd,kgd->grk", queries, keys).flatten(0, 1) * scale  # [num_heads, num_keys]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            scores = scores + slopes[:, None] * positions
         scores = scores * LOG2_E
         maxima = scores.amax(-1)
         weights = torch.exp2(scores - maxima[:, None])
@@ -153,6 +156,7 @@ def _paged_decode_attention_kernel(
     block_tables,
     entries,
     sinks,
+    slopes,
     accumulators,
     statistics,
     out,
@@ -160,6 +164,7 @@ def _paged_decode_attention_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
     QUERY_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -184,6 +189,9 @@ def _paged_decode_attention_kernel(
     is_head = head_in_group < GROUP
     is_element = is_head[:, None] & (dims < HEAD_DIM)[None, :]
 
+    head_slopes = heads  # anything, where there are none
+    if HAS_SLOPES:
+        head_slopes = tl.load(slopes + heads, mask=is_head, other=0.0)
     record = entries + entry * ENTRY_FIELDS
     token = tl.load(record)
     slot = tl.load(record + 1)
@@ -224,14 +232,17 @@ def _paged_decode_attention_kernel(
                     key_scale,
                     value_scale,
                     cache_rows(table, positions, is_inside, BLOCK_SIZE),
+                    positions,
                     is_inside,
                     is_inside[None, :],
                     kv_head,
+                    head_slopes,
                     SCALE,
                     SOFTCAP,
                     NUM_KV_HEADS,
                     HEAD_DIM,
                     DIMS,
+                    HAS_SLOPES,
                     IS_SCALED,
                     True,
                 )
@@ -267,6 +278,7 @@ def paged_decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor,
@@ -275,9 +287,9 @@ def paged_decode_attention(
 
     query: [num_tokens, num_heads, head_dim], heads and their dimensions contiguous, num_heads a multiple of
     num_kv_heads; caches: [num_blocks, block_size, num_kv_heads, head_dim], contiguous; block_tables:
-    [num_slots, max_blocks] int32; scale: positive; sinks: [num_heads] float32; key_scale, value_scale:
-    [num_blocks, block_size, num_kv_heads] float32 for caches in 8 bits; out: [num_tokens, num_heads,
-    head_dim], contiguous. The window is the work list's. `combine_decode_partials` must follow.
+    [num_slots, max_blocks] int32; scale: positive; sinks, slopes: [num_heads] float32, not both; key_scale,
+    value_scale: [num_blocks, block_size, num_kv_heads] float32 for caches in 8 bits; out: [num_tokens,
+    num_heads, head_dim], contiguous. The window is the work list's. `combine_decode_partials` must follow.
     """
     if not runs_triton(query):
         return paged_decode_attention_ref(
@@ -290,6 +302,7 @@ def paged_decode_attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            slopes=slopes,
             key_scale=key_scale,
             value_scale=value_scale,
             out=out,
@@ -298,6 +311,7 @@ def paged_decode_attention(
     _, block_size, num_kv_heads, _ = key_cache.shape
     assert (
         scale > 0
+        and (sinks is None or slopes is None)
         and query.stride()[1:] == (head_dim, 1)
         and out.is_contiguous()
         and block_tables.stride(1) == 1
@@ -314,6 +328,7 @@ def paged_decode_attention(
         block_tables,
         work.entries,
         sinks,
+        slopes,
         partials.accumulators,
         partials.statistics,
         out,
@@ -321,6 +336,7 @@ def paged_decode_attention(
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
         HAS_SINKS=sinks is not None,
+        HAS_SLOPES=slopes is not None,
         IS_SCALED=key_scale is not None,
         QUERY_STRIDE=query.stride(0),
         NUM_HEADS=num_heads,

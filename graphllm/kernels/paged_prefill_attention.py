@@ -56,11 +56,17 @@ class PrefillConfig:
 
 
 def prefill_config(
-    head_dim: int, query_itemsize: int, cache_itemsize: int, *, capability: tuple[int, int] = (9, 0)
+    head_dim: int,
+    query_itemsize: int,
+    cache_itemsize: int,
+    *,
+    capability: tuple[int, int] = (9, 0),
+    has_window: bool = False,
+    has_slopes: bool = False,
 ) -> PrefillConfig:
     """The largest tiles that need no spills, and with them the programs that a multiprocessor holds.
 
-    The capability decides nothing about query_rows, which the work list depends on.
+    What follows behind the sizes decides nothing about query_rows, which the work list depends on.
     """
     dims = padded_side(head_dim)
     if query_itemsize > 2:  # float32 has no matrix units here, so registers are what is scarce
@@ -70,11 +76,12 @@ def prefill_config(
     if dims > 64:
         key_tile = 64 if capability[0] >= 9 else 32  # before 9.0 products keep their operands in registers
         return PrefillConfig(128, key_tile, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
-    if capability[0] == 10:
+    # Masks of a window, and distances, take the registers of half the keys.
+    if capability[0] == 10 and not (has_window or has_slopes):
         return PrefillConfig(128, 128, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
-    if cache_itemsize < 2:  # the conversion takes registers
+    if cache_itemsize < 2 or has_slopes:  # the conversion takes registers
         return PrefillConfig(128, 64, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
-    if capability[0] == 9:
+    if capability[0] in (9, 10):
         return PrefillConfig(128, 64, num_warps=8, num_stages=3, programs_per_multiprocessor=2)
     return PrefillConfig(128, 64, num_warps=4, num_stages=3, programs_per_multiprocessor=2)
 
@@ -97,6 +104,7 @@ def paged_prefill_attention_ref(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor,
@@ -116,6 +124,7 @@ def paged_prefill_attention_ref(
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            slopes=slopes,
             key_scale=key_scale,
             value_scale=value_scale,
         ).to(out.dtype)
@@ -138,9 +147,11 @@ def _attend_range(
     end,
     length,
     kv_head,
+    slopes,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -168,14 +179,17 @@ def _attend_range(
             key_scale,
             value_scale,
             cache_rows(table, positions, is_inside, BLOCK_SIZE),
+            positions,
             is_inside,
             is_visible,
             kv_head,
+            slopes,
             SCALE,
             SOFTCAP,
             NUM_KV_HEADS,
             HEAD_DIM,
             DIMS,
+            HAS_SLOPES,
             IS_SCALED,
             IS_MASKED,
         )
@@ -193,12 +207,14 @@ def _paged_prefill_attention_kernel(
     items,
     num_items,
     sinks,
+    slopes,
     out,
     table_stride,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
     QUERY_STRIDE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -240,6 +256,9 @@ def _paged_prefill_attention_kernel(
             total = tl.zeros([QUERY_ROWS], dtype=tl.float32)
             maximum = tl.full([QUERY_ROWS], _NO_MAXIMUM, dtype=tl.float32)
 
+            row_slopes = heads  # anything, where there are none
+            if HAS_SLOPES:
+                row_slopes = tl.load(slopes + heads)
             length = first_position + num_queries
             begin = 0
             unmasked = 0
@@ -263,9 +282,11 @@ def _paged_prefill_attention_kernel(
                     unmasked,
                     length,
                     kv_head,
+                    row_slopes,
                     SCALE,
                     SOFTCAP,
                     WINDOW,
+                    HAS_SLOPES,
                     IS_SCALED,
                     NUM_KV_HEADS,
                     HEAD_DIM,
@@ -291,9 +312,11 @@ def _paged_prefill_attention_kernel(
                 masked,
                 length,
                 kv_head,
+                row_slopes,
                 SCALE,
                 SOFTCAP,
                 WINDOW,
+                HAS_SLOPES,
                 IS_SCALED,
                 NUM_KV_HEADS,
                 HEAD_DIM,
@@ -317,9 +340,11 @@ def _paged_prefill_attention_kernel(
                 length,
                 length,
                 kv_head,
+                row_slopes,
                 SCALE,
                 SOFTCAP,
                 WINDOW,
+                HAS_SLOPES,
                 IS_SCALED,
                 NUM_KV_HEADS,
                 HEAD_DIM,
@@ -347,6 +372,7 @@ def paged_prefill_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor,
@@ -356,8 +382,8 @@ def paged_prefill_attention(
     query: [num_tokens, num_heads, head_dim], heads and their dimensions contiguous, num_heads a multiple of
     num_kv_heads; caches: [num_blocks, block_size, num_kv_heads, head_dim], contiguous; block_tables:
     [num_slots, max_blocks] int32; work: with `queries_per_item` of this shape's `prefill_config`; scale:
-    positive; sinks: [num_heads] float32; key_scale, value_scale: [num_blocks, block_size, num_kv_heads]
-    float32 for caches in 8 bits; out: [num_tokens, num_heads, head_dim], contiguous.
+    positive; sinks, slopes: [num_heads] float32, not both; key_scale, value_scale: [num_blocks, block_size,
+    num_kv_heads] float32 for caches in 8 bits; out: [num_tokens, num_heads, head_dim], contiguous.
     """
     if not runs_triton(query):
         return paged_prefill_attention_ref(
@@ -370,6 +396,7 @@ def paged_prefill_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            slopes=slopes,
             key_scale=key_scale,
             value_scale=value_scale,
             out=out,
@@ -377,10 +404,16 @@ def paged_prefill_attention(
     _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     config = prefill_config(
-        head_dim, query.element_size(), key_cache.element_size(), capability=capability_of(query.device)
+        head_dim,
+        query.element_size(),
+        key_cache.element_size(),
+        capability=capability_of(query.device),
+        has_window=sliding_window is not None,
+        has_slopes=slopes is not None,
     )
     assert (
         scale > 0
+        and (sinks is None or slopes is None)
         and query.stride()[1:] == (head_dim, 1)
         and out.is_contiguous()
         and block_tables.stride(1) == 1
@@ -400,12 +433,14 @@ def paged_prefill_attention(
         work.items,
         work.num_items,
         sinks,
+        slopes,
         out,
         block_tables.stride(0),
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
         WINDOW=sliding_window or 0,
         HAS_SINKS=sinks is not None,
+        HAS_SLOPES=slopes is not None,
         IS_SCALED=key_scale is not None,
         QUERY_STRIDE=query.stride(0),
         NUM_HEADS=num_heads,

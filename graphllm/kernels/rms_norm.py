@@ -6,19 +6,23 @@ The mean and the division run in float32. Where the result is rounded differs be
 computed as it was trained: Llama and its like (Mistral, Qwen, SmolLM) round to x's dtype and then multiply by
 the weight; Gemma (unit_offset) multiplies by 1 + weight in float32 and then rounds.
 
-`add_rms_norm` first adds a layer's output to the residual stream. The sum is rounded to the residual's dtype,
-and it is the rounded sum that is normalized, as if the two were done apart.
+`add_rms_norm` first adds a layer's output, times a constant, to the residual stream. Product and sum are
+rounded to the residual's dtype, and it is the rounded sum that is normalized, as if all were done apart.
 
-Owns also how a row is laid out over warps (`row_layout`), which `layer_norm.py` shares.
+Owns also which rows a tensor has (`token_rows`) and how a row is laid out over warps (`row_layout`), which
+`layer_norm.py` shares.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphllm.kernels.residual_add import scaled, scaled_ref
 from graphllm.kernels.triton_support import (
     launch_options,
     release_successor,
@@ -44,10 +48,30 @@ def row_layout(hidden: int) -> tuple[int, int]:
     return tile, min(max(tile // _VALUES_PER_WARP, 1), _MAX_WARPS)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """What is normalized: num_heads rows of `hidden` values for each token."""
+
+    num_tokens: int
+    num_heads: int
+    hidden: int
+
+
+def token_rows(x: Tensor, out: Tensor, weight: Tensor | None) -> TokenRows:
+    """The rows of x, [num_tokens, hidden] or [num_tokens, num_heads, hidden]; a token's lie together."""
+    num_tokens, *num_heads, hidden = x.shape
+    rows = TokenRows(num_tokens, num_heads[0] if num_heads else 1, hidden)
+    for tensor in (x, out):
+        assert tensor.ndim <= 3 and tensor[:1].is_contiguous(), "a token's values lie together"
+    assert weight is None or weight.shape in ((hidden,), (rows.num_heads, hidden))
+    return rows
+
+
 def rms_norm_ref(
     x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """x: [..., hidden] of any floating dtype, weight: [hidden]. Returns out, of x's shape and dtype.
+    """x: [..., hidden] of any floating dtype; weight: [hidden], or [num_heads, hidden] for x of [...,
+    num_heads, hidden]. Returns out, of x's shape and dtype.
 
     out may be x itself; without it a new tensor is returned.
     """
@@ -69,21 +93,22 @@ def add_rms_norm_ref(
     *,
     eps: float,
     unit_offset: bool = False,
+    scale: float = 1.0,
     rows: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    """Without rows: residual += x, in place, and out = norm(residual). Returns out.
+    """Without rows: residual += scale * x, in place, and out = norm(residual). Returns out.
 
-    With rows: out = norm((x + residual)[rows]), and residual is left as it is: the last norm of a model, of
-    which only the sampled tokens are needed.
+    With rows: out = norm((scale * x + residual)[rows]), and residual is left as it is: the last norm of a
+    model, of which only the sampled tokens are needed.
 
     x, residual: [num_tokens, hidden] of one dtype; weight: [hidden]; rows: [num_rows] int64, tokens, any
     number of times each; out: [num_tokens or num_rows, hidden] of the same dtype, and may be x without rows.
     """
     if rows is None:
-        summed = residual.add_(x)
+        summed = residual.add_(scaled_ref(x, scale))
     else:
-        summed = residual.index_select(0, rows).add_(x.index_select(0, rows))
+        summed = residual.index_select(0, rows).add_(scaled_ref(x.index_select(0, rows), scale))
     return rms_norm_ref(summed, weight, eps=eps, unit_offset=unit_offset, out=out)
 
 
@@ -98,25 +123,30 @@ def _normalize(values, weight, eps, HIDDEN: tl.constexpr, UNIT_OFFSET: tl.conste
 
 @triton.jit
 def _rms_norm_kernel(
-    x,  # [num_rows, HIDDEN]
-    weight,  # [HIDDEN]
-    out,  # [num_rows, HIDDEN]
+    x,  # [num_tokens, num_heads, HIDDEN]
+    weight,  # [HIDDEN], or [num_heads, HIDDEN] where HAS_WEIGHT_PER_HEAD
+    out,  # [num_tokens, num_heads, HIDDEN]
     eps,
+    X_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_WEIGHT_PER_HEAD: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
     columns = tl.arange(0, TILE)
     in_row = columns < HIDDEN
-    factors = tl.load(weight + columns, mask=in_row, other=0.0)  # a weight: may be read ahead of the wait
+    token = tl.program_id(0).to(tl.int64)
+    of_head = tl.program_id(1) * HIDDEN + columns
+    # A weight: may be read ahead of the wait.
+    factors = tl.load(weight + (of_head if HAS_WEIGHT_PER_HEAD else columns), mask=in_row, other=0.0)
     wait_for_predecessor(PDL)
-    at = tl.program_id(0).to(tl.int64) * HIDDEN + columns
-    values = widen(tl.load(x + at, mask=in_row, other=0.0))
+    values = widen(tl.load(x + token * X_STRIDE + of_head, mask=in_row, other=0.0))
     release_successor(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
     normed = _normalize(values, factors, eps, HIDDEN, UNIT_OFFSET, dtype)
-    tl.store(out + at, normed.to(dtype), mask=in_row)
+    tl.store(out + token * OUT_STRIDE + of_head, normed.to(dtype), mask=in_row)
 
 
 @triton.jit
@@ -127,6 +157,7 @@ def _add_rms_norm_kernel(
     rows,  # [num_programs] int64 where HAS_ROWS
     out,  # [num_programs, HIDDEN]
     eps,
+    SCALE: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
@@ -140,10 +171,10 @@ def _add_rms_norm_kernel(
     line = tl.program_id(0).to(tl.int64)
     token = tl.load(rows + line) if HAS_ROWS else line
     at = token * HIDDEN + columns
-    added = widen(tl.load(x + at, mask=in_row, other=0.0))
+    dtype: tl.constexpr = out.dtype.element_ty
+    added = scaled(widen(tl.load(x + at, mask=in_row, other=0.0)), SCALE, dtype)
     summed = added + widen(tl.load(residual + at, mask=in_row, other=0.0))
     release_successor(PDL)
-    dtype: tl.constexpr = out.dtype.element_ty
     rounded = summed.to(dtype)
     if not HAS_ROWS:
         tl.store(residual + at, rounded, mask=in_row)
@@ -154,21 +185,24 @@ def _add_rms_norm_kernel(
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """See `rms_norm_ref`. The kernel needs `out`, and all tensors contiguous."""
+    """See `rms_norm_ref`. The kernel needs `out`; x: [num_tokens, hidden] or [num_tokens, num_heads, hidden],
+    tokens contiguous, at any stride."""
     if not runs_triton(x):
         return rms_norm_ref(x, weight, eps=eps, unit_offset=unit_offset, out=out)
     assert out is not None, "kernels do not allocate"
-    assert out.shape == x.shape and out.dtype == x.dtype
-    assert x.is_contiguous() and out.is_contiguous() and weight.is_contiguous()
-    hidden = x.shape[-1]
-    tile, num_warps = row_layout(hidden)
-    _rms_norm_kernel[(x.numel() // hidden,)](
+    assert out.shape == x.shape and out.dtype == x.dtype and weight.is_contiguous()
+    rows = token_rows(x, out, weight)
+    tile, num_warps = row_layout(rows.hidden)
+    _rms_norm_kernel[(rows.num_tokens, rows.num_heads)](
         x,
         weight,
         out,
         eps,
-        HIDDEN=hidden,
+        X_STRIDE=x.stride(0),
+        OUT_STRIDE=out.stride(0),
+        HIDDEN=rows.hidden,
         TILE=tile,
+        HAS_WEIGHT_PER_HEAD=weight.ndim == 2,
         UNIT_OFFSET=unit_offset,
         num_warps=num_warps,
         **launch_options(x.device),
@@ -183,12 +217,15 @@ def add_rms_norm(
     *,
     eps: float,
     unit_offset: bool = False,
+    scale: float = 1.0,
     rows: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
     """See `add_rms_norm_ref`. The kernel needs all tensors contiguous."""
     if not runs_triton(x):
-        return add_rms_norm_ref(x, residual, weight, eps=eps, unit_offset=unit_offset, rows=rows, out=out)
+        return add_rms_norm_ref(
+            x, residual, weight, eps=eps, unit_offset=unit_offset, scale=scale, rows=rows, out=out
+        )
     num_programs, hidden = out.shape
     assert x.shape == residual.shape and x.shape[-1] == hidden
     assert num_programs == (x.shape[0] if rows is None else rows.shape[0])
@@ -202,6 +239,7 @@ def add_rms_norm(
         x if rows is None else rows,
         out,
         eps,
+        SCALE=scale,
         HIDDEN=hidden,
         TILE=tile,
         UNIT_OFFSET=unit_offset,

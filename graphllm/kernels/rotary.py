@@ -1,10 +1,12 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), in the half-split layout.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864).
 
-With d = head_dim and i < d / 2, dimensions i and i + d / 2 of a head are a point of the plane, turned by
+With d = rotary_dim and i < d / 2, dimensions i and i + d / 2 of a head are a point of the plane, turned by
 the angle a_i = position * inverse_frequency_i:
 
     y_i         = x_i         * cos(a_i) - x_{i + d/2} * sin(a_i)
     y_{i + d/2} = x_{i + d/2} * cos(a_i) + x_i         * sin(a_i)
+
+Interleaved, the two are dimensions 2i and 2i + 1. Dimensions of a head from rotary_dim on stay as they are.
 
 Owns the tables of one step's angles, which all layers share, and what a turn is. On a device the turn
 happens in `rotary_cache_write.py`; which frequencies a model has is `layers/rotary.py`'s.
@@ -31,28 +33,37 @@ _QUARTER_TURNS_PER_RADIAN: tl.constexpr = tl.constexpr(2 / math.pi)
 _ANGLES_PER_PROGRAM = 128  # one a thread: when a step is short it matters how soon its first kernels end
 
 
-def rotary_ref(heads: Tensor, tables: Tensor) -> None:
+def rotary_ref(heads: Tensor, tables: Tensor, *, is_interleaved: bool = False) -> None:
     """Turn heads by their tokens' angles, in place.
 
     heads: [num_tokens, num_heads, head_dim], query and key heads alike, any strides; tables: [2,
-    num_tokens, head_dim] of heads' dtype, from `rotary_tables`.
+    num_tokens, rotary_dim] of heads' dtype, from `rotary_tables`, rotary_dim <= head_dim.
     """
-    cos, signed_sin = tables.unsqueeze(2).unbind()  # [num_tokens, 1, head_dim]
-    swapped = torch.roll(heads, heads.shape[-1] // 2, dims=-1)  # [num_tokens, num_heads, head_dim]
-    heads.mul_(cos).addcmul_(swapped, signed_sin)
+    rotary_dim = tables.shape[-1]
+    turned = heads[..., :rotary_dim]
+    cos, signed_sin = tables.unsqueeze(2).unbind()  # [num_tokens, 1, rotary_dim]
+    if not is_interleaved:
+        swapped = torch.roll(turned, rotary_dim // 2, dims=-1)  # [num_tokens, num_heads, rotary_dim]
+        turned.mul_(cos).addcmul_(swapped, signed_sin)
+        return
+    cos, sin = cos[..., : rotary_dim // 2], signed_sin[..., rotary_dim // 2 :]
+    even, odd = turned[..., 0::2], turned[..., 1::2]  # [num_tokens, num_heads, rotary_dim / 2]
+    before = even.clone()
+    even.mul_(cos).addcmul_(odd, sin, value=-1)
+    odd.mul_(cos).addcmul_(before, sin)
 
 
 def rotary_tables_ref(positions: Tensor, inverse_frequencies: Tensor, *, scale: float, out: Tensor) -> Tensor:
     """Cosines and signed sines for one step, to be shared by all layers.
 
-    positions: [num_tokens] int64; inverse_frequencies: [head_dim / 2] float32; scale multiplies both
-    (YaRN's attention factor). out: [2, num_tokens, head_dim], of any floating dtype: out[0] has the
+    positions: [num_tokens] int64; inverse_frequencies: [rotary_dim / 2] float32; scale multiplies both
+    (YaRN's attention factor). out: [2, num_tokens, rotary_dim], of any floating dtype: out[0] has the
     cosines, the same in both halves, and out[1] the sines, negated in the first half, so that a turn is
     x * cos + swapped(x) * signed_sin. Angles, cosines and sines are float32, as the models were trained,
     and rounded at the end. Returns out.
     """
     half = inverse_frequencies.shape[0]
-    angles = positions.float()[:, None] * inverse_frequencies  # [num_tokens, head_dim / 2]
+    angles = positions.float()[:, None] * inverse_frequencies  # [num_tokens, rotary_dim / 2]
     cos, sin = angles.cos().mul_(scale), angles.sin_().mul_(scale)
     out[0].view(-1, 2, half).copy_(cos[:, None])
     out[1, :, half:].copy_(sin)

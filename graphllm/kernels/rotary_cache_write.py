@@ -6,9 +6,9 @@ For each token t with slot = slot_mapping[t], each query head q, key head k and 
     key_cache[slot]   <- turn(norm(k), t)
     value_cache[slot] <- v
 
-norm is the RMS norm over head_dim that Qwen3 and Gemma 3 have (`rms_norm.py`), turn is `rotary.py`'s, and
-an 8-bit cache stores a head and its scale as `kv_quantization.py` says. One kernel instead of four: a
-node of a graph costs about a microsecond, and there is one a layer.
+norm is the RMS norm over head_dim that Qwen3 and Gemma 3 have (`rms_norm.py`), turn is `rotary.py`'s, of a
+whole head or of its first dimensions, and an 8-bit cache stores a head and its scale as `kv_quantization.py`
+says. One kernel instead of four: a node of a graph costs about a microsecond, and there is one a layer.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def rotary_cache_write_ref(
     value_cache: Tensor,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    is_interleaved: bool = False,
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -59,7 +60,7 @@ def rotary_cache_write_ref(
 
     qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: a token's query heads, key
     heads, value heads. Queries are changed in place; what is left where the keys were is not specified.
-    tables: [2, num_tokens, head_dim] of qkv's dtype, from `rotary_tables`; None leaves heads unturned.
+    tables: [2, num_tokens, rotary_dim] of qkv's dtype, from `rotary_tables`; None leaves heads unturned.
     slot_mapping: [num_tokens] int64, no slot twice; -1 stores nothing.
     key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous. In an 8-bit
     format they come with key_scale, value_scale, [num_blocks, block_size, num_kv_heads] float32.
@@ -73,7 +74,7 @@ def rotary_cache_write_ref(
             rms_norm_ref(part, weight, eps=norm_eps, unit_offset=norm_unit_offset, out=part)
     if tables is not None:
         # Query and key heads turn by the same angles: one call for both.
-        rotary_ref(heads.narrow(1, 0, num_heads + num_kv_heads), tables)
+        rotary_ref(heads.narrow(1, 0, num_heads + num_kv_heads), tables, is_interleaved=is_interleaved)
     # Outside of tests the CPU has no padding, and a mask would copy everything.
     if slot_mapping.min().item() < 0:
         is_stored = slot_mapping >= 0
@@ -96,6 +97,18 @@ def _store(x: Tensor, slots: Tensor, *, cache: Tensor, scales: Tensor | None) ->
 
 
 @triton.jit
+def _halves_of_pairs(pair, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """The two dimensions of each pair. Pairs from ROTARY_HALF on, which do not turn, share out the rest."""
+    if IS_INTERLEAVED:
+        return 2 * pair, 2 * pair + 1
+    if ROTARY_HALF == HALF:
+        return pair, pair + HALF
+    # With r = ROTARY_HALF: 0, 1, .. r - 1 beside r, .. 2r - 1; then 2r, .. r + HALF - 1 beside the last.
+    lower = tl.where(pair < ROTARY_HALF, pair, pair + ROTARY_HALF)
+    return lower, lower + tl.where(pair < ROTARY_HALF, ROTARY_HALF, HALF - ROTARY_HALF)
+
+
+@triton.jit
 def _norm(
     lower,
     upper,
@@ -106,7 +119,7 @@ def _norm(
     UNIT_OFFSET: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The RMS norm of heads given as two halves; halves and weights are [ROWS, HALF_PADDED] float32."""
+    """The RMS norm of heads given as two halves of pairs; all are [ROWS, HALF_PADDED] float32."""
     mean_square = tl.sum(lower * lower + upper * upper, axis=1, keep_dims=True) * (1.0 / HEAD_DIM)
     factor = tl.rsqrt(mean_square + EPS)
     lower *= factor
@@ -122,9 +135,22 @@ def _norm(
 
 @triton.jit
 def _store_heads(
-    lower, upper, slot, head, pair, mask, cache, scales, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr
+    lower,
+    upper,
+    slot,
+    head,
+    lower_dim,
+    upper_dim,
+    mask,
+    cache,
+    scales,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
 ):
-    """Heads given as two halves into their slots. slot, head: [ROWS, 1]; mask: [ROWS, HALF_PADDED]."""
+    """Heads given as two halves of pairs into their slots.
+
+    slot, head: [ROWS, 1]; dims: where in a head each value belongs, and mask: [ROWS, HALF_PADDED].
+    """
     STORED: tl.constexpr = cache.dtype.element_ty
     place = slot * NUM_KV_HEADS + head  # int64
     if scales is not None:
@@ -136,10 +162,10 @@ def _store_heads(
     else:
         lower = lower.to(STORED)
         upper = upper.to(STORED)
-    at = cache + place * (2 * HALF) + pair
+    at = cache + place * (2 * HALF)
     mask = mask & (slot >= 0)
-    tl.store(at, lower, mask)
-    tl.store(at + HALF, upper, mask)
+    tl.store(at + lower_dim, lower, mask)
+    tl.store(at + upper_dim, upper, mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -157,6 +183,8 @@ def _rotary_cache_write_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     NORM_EPS: tl.constexpr,
     NORM_UNIT_OFFSET: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -172,6 +200,7 @@ def _rotary_cache_write_kernel(
     # Full tiles, whose repeated loads are cached: a row would be spread through shared memory.
     pair = tl.broadcast_to(tl.arange(0, HALF_PADDED)[None, :], (TOKENS * HEADS, HALF_PADDED))
     is_pair = pair < HALF
+    lower_dim, upper_dim = _halves_of_pairs(pair, ROTARY_HALF, HALF, IS_INTERLEAVED)
     group = tl.program_id(0)
     is_query = group < QUERY_GROUPS
     is_value = group >= QUERY_GROUPS + KV_GROUPS
@@ -180,8 +209,8 @@ def _rotary_cache_write_kernel(
         norm = query_norm
         if not is_query:
             norm = key_norm
-        lower_weight = widen(tl.load(norm + pair, is_pair, other=0.0))
-        upper_weight = widen(tl.load(norm + HALF + pair, is_pair, other=0.0))
+        lower_weight = widen(tl.load(norm + lower_dim, is_pair, other=0.0))
+        upper_weight = widen(tl.load(norm + upper_dim, is_pair, other=0.0))
     wait_for_predecessor(PDL)
     release_successor(PDL)
 
@@ -195,17 +224,20 @@ def _rotary_cache_write_kernel(
     is_head = is_token & (head < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS))
     mask = is_head & is_pair
     place = token.to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) + first_head + head
-    at = qkv + place * HEAD_DIM + pair
-    lower = widen(tl.load(at, mask, other=0.0))
-    upper = widen(tl.load(at + HALF, mask, other=0.0))
+    at = qkv + place * HEAD_DIM
+    lower = widen(tl.load(at + lower_dim, mask, other=0.0))
+    upper = widen(tl.load(at + upper_dim, mask, other=0.0))
     slot = tl.load(slot_mapping + token, is_token, other=-1)
     if not is_value:
         if tables is not None:
-            # One half of each table says what the other does.
-            angles = token.to(tl.int64) * HEAD_DIM + pair
-            cos = widen(tl.load(tables + angles, mask, other=0.0))
-            sines = tables + num_tokens.to(tl.int64) * HEAD_DIM + HALF
-            sin = widen(tl.load(sines + angles, mask, other=0.0))
+            # One half of each table says what the other does. Pairs that do not turn have an angle of 0.
+            angles = token.to(tl.int64) * (2 * ROTARY_HALF) + pair
+            turns = mask
+            if ROTARY_HALF < HALF:
+                turns = mask & (pair < ROTARY_HALF)
+            cos = widen(tl.load(tables + angles, turns, other=1.0))
+            sines = tables + num_tokens.to(tl.int64) * (2 * ROTARY_HALF) + ROTARY_HALF
+            sin = widen(tl.load(sines + angles, turns, other=0.0))
         if query_norm is not None:
             lower, upper = _norm(
                 lower, upper, lower_weight, upper_weight, HEAD_DIM, NORM_EPS, NORM_UNIT_OFFSET, DTYPE
@@ -215,12 +247,16 @@ def _rotary_cache_write_kernel(
 
     if is_query:
         if query_norm is not None or tables is not None:
-            tl.store(at, lower.to(DTYPE), mask)
-            tl.store(at + HALF, upper.to(DTYPE), mask)
+            tl.store(at + lower_dim, lower.to(DTYPE), mask)
+            tl.store(at + upper_dim, upper.to(DTYPE), mask)
     elif is_value:
-        _store_heads(lower, upper, slot, head, pair, mask, value_cache, value_scale, NUM_KV_HEADS, HALF)
+        _store_heads(
+            lower, upper, slot, head, lower_dim, upper_dim, mask, value_cache, value_scale, NUM_KV_HEADS, HALF
+        )
     else:
-        _store_heads(lower, upper, slot, head, pair, mask, key_cache, key_scale, NUM_KV_HEADS, HALF)
+        _store_heads(
+            lower, upper, slot, head, lower_dim, upper_dim, mask, key_cache, key_scale, NUM_KV_HEADS, HALF
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +292,7 @@ def rotary_cache_write(
     value_cache: Tensor,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    is_interleaved: bool = False,
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -266,7 +303,9 @@ def rotary_cache_write(
     """
     num_tokens, head_dim = qkv.shape[0], key_cache.shape[-1]
     assert qkv.shape == (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.is_contiguous()
-    assert tables is None or tables.shape == (2, num_tokens, head_dim), "tables of another step"
+    rotary_dim = head_dim if tables is None else tables.shape[-1]
+    assert tables is None or tables.shape[:2] == (2, num_tokens), "tables of another step"
+    assert rotary_dim <= head_dim and rotary_dim % 2 == 0
     assert (query_norm is None) == (key_norm is None), "query and key heads are both normalized, or neither"
     is_scaled = key_cache.dtype in LARGEST_STORED
     assert is_scaled == (key_scale is not None) == (value_scale is not None), "8-bit caches have scales"
@@ -283,6 +322,7 @@ def rotary_cache_write(
             value_cache=value_cache,
             key_scale=key_scale,
             value_scale=value_scale,
+            is_interleaved=is_interleaved,
             query_norm=query_norm,
             key_norm=key_norm,
             norm_eps=norm_eps,
@@ -306,6 +346,8 @@ def rotary_cache_write(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
+        ROTARY_HALF=rotary_dim // 2,
+        IS_INTERLEAVED=is_interleaved,
         NORM_EPS=norm_eps,
         NORM_UNIT_OFFSET=norm_unit_offset,
         TOKENS=share.tokens,

@@ -48,8 +48,14 @@ class Linear(LoadableModule):
         )
 
     def weight_slots(self) -> dict[str, WeightSlot]:
+        return self._slots(self.parts)
+
+    def whole_slots(self) -> dict[str, WeightSlot]:
+        return self._slots({"": self.out_features})
+
+    def _slots(self, parts: Mapping[str, int]) -> dict[str, WeightSlot]:
         slots, first_row = {}, 0
-        for part, out_features in self.parts.items():
+        for part, out_features in parts.items():
             shapes = self.scheme.checkpoint_shapes(self.in_features, out_features, bias=self.has_bias)
             for name, shape in shapes.items():
                 load = partial(self._load, name, first_row)

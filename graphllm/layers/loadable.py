@@ -24,3 +24,7 @@ class LoadableModule(nn.Module, ABC):
     @abstractmethod
     def weight_slots(self) -> dict[str, WeightSlot]:
         """Name within the layer ("weight", "q.bias") to slot; together they fill every parameter."""
+
+    def whole_slots(self) -> dict[str, WeightSlot]:
+        """The same for checkpoints that store the layer's parts as one tensor, under the layer's own name."""
+        return self.weight_slots()

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer: down(f(gate(x)) * up(x))."""
+"""The feed-forward layers: down(f(gate(x)) * up(x)), and down(f(up(x)))."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from graphllm.arena import Arena
+from graphllm.kernels.activation import activation as activate
 from graphllm.kernels.gated_activation import Activation, gated_activation
 from graphllm.layers.linear import Linear
 from graphllm.quant.scheme import LinearScheme
@@ -43,4 +44,35 @@ class GatedMLP(nn.Module):
             )  # [num_tokens, 2 * intermediate]
             gated_activation(gate_up, self.activation, out=activated)
         output: torch.Tensor = self.down(activated, arena=arena, name="delta")
+        return output
+
+
+class PlainMLP(nn.Module):
+    """Without a gate: up, activation, down."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Activation,
+        bias: bool,
+        scheme: LinearScheme,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up = Linear(
+            hidden_size, {"": intermediate_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
+        )
+        self.down = Linear(
+            intermediate_size, {"": hidden_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
+        )
+
+    def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""
+        inner: torch.Tensor = self.up(x, arena=arena, name="inner")
+        activate(inner, self.activation, out=inner)
+        output: torch.Tensor = self.down(inner, arena=arena, name="delta")
         return output

@@ -6,48 +6,110 @@ families' job.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from graphllm.kernels.gated_activation import Activation
-from graphllm.layers.rotary import RopeScaling
+from graphllm.layers.attention import QKNormConfig
+from graphllm.layers.latent_attention import LatentConfig
+from graphllm.layers.moe import MoEConfig
+from graphllm.layers.norm import NormConfig
+from graphllm.layers.rotary import RotaryConfig
+
+NormPlacement = Literal["input", "output", "both", "sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerConfig:
+    """What may differ from one layer to the next.
+
+    rotary None: queries and keys are not turned. sliding_window: how many tokens a query sees, itself
+    included; None for all before it. moe: the mixture of experts that stands in for the feed-forward layer.
+    """
+
+    rotary: RotaryConfig | None
+    sliding_window: int | None = None
+    moe: MoEConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What `Decoder` needs to know to compute what the model's authors trained.
 
-    num_heads is a multiple of num_kv_heads; consecutive query heads share a key/value head.
-    attention_scale multiplies q.k. attention_bias is that of query, key and value, attention_output_bias
-    that of the projection behind them; mlp_bias is of all three projections of the feed-forward layer.
-    qk_norm: each query and key head passes an RMS norm over head_dim, with a learned factor for each
-    dimension, before rotary (Henry et al., 2020, arXiv:2010.04245, with an RMS norm instead of the L2 norm).
-    dtype is the checkpoint's own, None when it names none that is served. bos_token_id and eos_token_ids
-    are config.json's; tokenizer and generation_config.json may know better.
+    Attention: num_heads is a multiple of num_kv_heads; consecutive query heads share a key/value head.
+    attention_scale multiplies q.k; attention_softcap bounds the scores (`kernels/paged_attention.py`).
+    has_sinks: each head has a learned logit that takes part in the softmax and has no value. latent: heads
+    come out of latents; attention_bias is then that of all projections but those out of them.
+    attention_bias is that of query, key and value, attention_output_bias that of the projection behind
+    them. qk_norm: query and key heads are normalized before rotary. alibi_scale: a query's scores
+    fall linearly with a key's distance (Press et al., 2021, arXiv:2108.12409), by so many times each head's
+    slope; None for scores that do not.
+
+    Feed-forward: down(f(gate(x)) * up(x)) where is_gated, else down(f(up(x))); mlp_bias is of all its
+    projections.
+
+    Residual stream: norm_placement says where a layer's norms stand. "input": before attention and
+    feed-forward; "output": behind them, before the sum; "both"; "sum": on the sum, which is the stream from
+    there on, and then there is no final norm (Xiong et al., 2020, arXiv:2002.04745, compare the last with
+    the first). is_parallel: attention and feed-forward both see the layer's input (Wang, 2021, GPT-J),
+    through one norm or, with has_parallel_mlp_norm, one each. residual_multiplier scales what is added.
+
+    Ends: embedding_multiplier scales embeddings. embedding_size is theirs where it is not hidden_size: then
+    one projection leads to the stream and one back to the head. num_learned_positions: rows of the table
+    of learned positions, of which the first `learned_position_offset` stand for none; 0 for no table.
+    head_bias adds to the logits, which are multiplied by logit_multiplier and bounded by logit_softcap,
+    c tanh(logit / c).
+
+    max_position_embeddings: the longest context, in tokens. dtype is the checkpoint's own, None when it
+    names none that is served. bos_token_id and eos_token_ids are config.json's; tokenizer and
+    generation_config.json may know better.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    layers: tuple[LayerConfig, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    norm: NormConfig
+    norm_placement: NormPlacement = "input"
+    is_parallel: bool = False
+    has_parallel_mlp_norm: bool = False
+    residual_multiplier: float = 1.0
     attention_scale: float
-    attention_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
+    attention_softcap: float | None = None
+    has_sinks: bool = False
+    latent: LatentConfig | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: QKNormConfig | None = None
+    alibi_scale: float | None = None
     activation: Activation
+    is_gated: bool = True
+    mlp_bias: bool = False
+    embedding_size: int | None = None
+    embedding_multiplier: float | None = None
+    num_learned_positions: int = 0
+    learned_position_offset: int = 0
     tie_word_embeddings: bool
-    qk_norm: bool = False
+    head_bias: bool = False
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def one_layer_of_each_kind(self) -> ModelConfig:
+        """The smallest decoder that launches every kernel of this one."""
+        return replace(self, layers=tuple(dict.fromkeys(self.layers)))
 
 
 def resolve_dtype(asked: str, checkpoint_dtype: torch.dtype | None, *, device_type: str) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphllm.errors import CheckpointError
+from graphllm.layers.norm import Norm
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
 from graphllm.tokenizer.byte_level import byte_level_tokenizer
@@ -66,15 +67,15 @@ class DummyCheckpoint:
 def fill_random(model: nn.Module, *, seed: int) -> None:
     """Draw every parameter of `model` where it lies, so nothing passes through the host.
 
-    Weights and biases are normal with STANDARD_DEVIATION around 0; the factors of norms are 1. The same
+    Weights and biases are normal with STANDARD_DEVIATION around 0; norms multiply by 1. The same
     seed gives the same values on the same kind of device.
     """
     generators: dict[torch.device, torch.Generator] = {}
+    norms = {id(module.weight): module for module in model.modules() if isinstance(module, Norm)}
     for name, parameter in model.named_parameters():
         assert parameter.is_floating_point(), name
-        # The only weights of one dimension are the factors of norms.
-        if parameter.ndim == 1 and name.endswith("weight"):
-            parameter.data.fill_(1.0)
+        if (norm := norms.get(id(parameter))) is not None:
+            parameter.data.fill_(norm.neutral_weight)
             continue
         generator = generators.get(parameter.device)
         if generator is None:

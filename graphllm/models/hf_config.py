@@ -30,9 +30,21 @@ class HFConfig:
         self._values = values
         self._section = section
         self._read: set[str] = set()
+        self._names: Mapping[str, str] = {}
+
+    def renamed(self, **names: str) -> HFConfig:
+        """The same file for who asks by other names: asked for `key`, it looks for `names[key]`.
+
+        What is read through it counts as read here, and errors name the file's own key.
+        """
+        other = HFConfig(self._values, self.path, section=self._section)
+        other._read = self._read
+        other._names = {**self._names, **names}
+        return other
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value, `default` when absent or null; the key counts as understood."""
+        key = self._names.get(key, key)
         self._read.add(key)
         value = self._values.get(key)
         return default if value is None else value
@@ -43,11 +55,41 @@ class HFConfig:
             self.refuse(key, self._found(value, "a positive integer"))
         return value
 
+    def non_negative_int(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(key, self._found(value, "an integer from 0"))
+        return value
+
     def positive_float(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if not is_positive_number(value):
             self.refuse(key, self._found(value, "a positive number"))
         return float(value)
+
+    def optional_float(self, key: str) -> float | None:
+        """A positive number, or None when absent."""
+        return None if self.get(key) is None else self.positive_float(key)
+
+    def nullable_float(self, key: str) -> float | None:
+        """A positive number, or None where the file says null: it has to say one of the two."""
+        if self._names.get(key, key) not in self._values:
+            self.refuse(key, self._found(None, "a positive number or null"))
+        return self.optional_float(key)
+
+    def expect(self, key: str, value: object) -> None:
+        """Refuse any value of the key but this one; null and absent are as good."""
+        if self.get(key, value) != value:
+            self.refuse(key, f"is {_short(self.get(key))}, which is not supported")
+
+    def positive_floats(self, key: str, *, number: int) -> tuple[float, ...]:
+        """A list of so many positive numbers."""
+        values = self.get(key)
+        if not isinstance(values, list) or not all(is_positive_number(value) for value in values):
+            self.refuse(key, self._found(_short(values) if values else values, "a list of positive numbers"))
+        if len(values) != number:
+            self.refuse(key, f"has {len(values)} numbers instead of {number}")
+        return tuple(float(value) for value in values)
 
     def flag(self, key: str, *, default: bool) -> bool:
         value = self.get(key, default)
@@ -81,7 +123,7 @@ class HFConfig:
         values = self.get(key, {})
         if not isinstance(values, dict):
             self.refuse(key, self._found(values, "an object"))
-        return HFConfig(values, self.path, section=f"{self._section}{key}.")
+        return HFConfig(values, self.path, section=f"{self._section}{self._names.get(key, key)}.")
 
     def sections(self) -> list[str]:
         """The keys that are objects themselves."""
@@ -89,6 +131,7 @@ class HFConfig:
 
     def refuse(self, key: str, reason: str) -> NoReturn:
         """Raise CheckpointError: the configuration's key, and what is wrong with it."""
+        key = self._names.get(key, key)
         raise CheckpointError(f"{self.path}: configuration key '{self._section}{key}' {reason}.")
 
     def check_understood(self) -> None:

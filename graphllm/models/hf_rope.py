@@ -7,74 +7,175 @@ and `rope_scaling`. Owns their defaults, and refuses what is not understood.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
-from graphllm.layers.rotary import LinearRopeScaling, Llama3RopeScaling, RopeScaling, YarnRopeScaling
+from graphllm.layers.rotary import (
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    ProportionalRopeScaling,
+    RopeScaling,
+    RotaryConfig,
+    YarnRopeScaling,
+)
 from graphllm.models.hf_config import HFConfig
 
-_DEFAULT_THETA = 10000.0
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 
 
-def read_rope(config: HFConfig, *, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary frequencies. Raises CheckpointError naming what is not understood."""
-    rope = _rope_section(config)
-    theta = rope.positive_float("rope_theta", config.positive_float("rope_theta", _DEFAULT_THETA))
-    for section in (config, rope):
-        if section.get("partial_rotary_factor", 1.0) != 1.0:
-            section.refuse("partial_rotary_factor", "is not 1, which is not supported")
-    # Some files keep it outside the rotary parameters, and there it has the last word.
-    original = config.positive_int(
-        "original_max_position_embeddings",
-        rope.positive_int("original_max_position_embeddings", max_position_embeddings),
-    )
-    rope.get("finetuned")  # a note about training
-    older_name = rope.get("type", "default")
-    scaling: RopeScaling | None = None
-    match rope.get("rope_type", older_name):
-        case "default":
-            pass
-        case "linear":
-            scaling = LinearRopeScaling(rope.positive_float("factor"))
-        case "llama3":
-            scaling = Llama3RopeScaling(
-                factor=rope.positive_float("factor"),
-                low_freq_factor=rope.positive_float("low_freq_factor"),
-                high_freq_factor=rope.positive_float("high_freq_factor"),
-                original_max_position_embeddings=original,
-            )
-            if scaling.high_freq_factor <= scaling.low_freq_factor:
-                rope.refuse("high_freq_factor", "is not above low_freq_factor")
-        case "yarn":
-            scaling = _read_yarn(rope, original, extended=max_position_embeddings)
-        case other:
-            rope.refuse("rope_type", f"is {other!r}; default, linear, llama3 and yarn are supported")
-    rope.check_understood()
-    return theta, scaling
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeDefaults:
+    """What a family means where its file says nothing.
+
+    theta: the base. partial_rotary_factor: the part of a head's dimensions that turns; may_be_partial:
+    whether a file may say another, where this is 1: transformers ignores the key for some. is_interleaved:
+    whether neighbours turn together, which no file says. type_names: other words for the types of scaling.
+    has_plain_windows: in files of the older generation, layers with a window turn without scaling, by
+    `rope_local_base_freq` where that is given and else `window_theta` (None: the other layers' base).
+    """
+
+    theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    may_be_partial: bool = False
+    is_interleaved: bool = False
+    type_names: dict[str, str] = field(default_factory=dict)
+    has_plain_windows: bool = False
+    window_theta: float | None = None
 
 
-def _rope_section(config: HFConfig) -> HFConfig:
-    """The one set of rotary parameters that all layers share, whatever it is called."""
+def read_rotary(
+    config: HFConfig,
+    layer_types: Collection[str],
+    *,
+    head_dim: int,
+    max_position_embeddings: int,
+    defaults: RopeDefaults,
+) -> dict[str, RotaryConfig]:
+    """How layers turn their heads, by layer type. Raises CheckpointError naming what is not understood."""
+    reader = _Reader(config, head_dim, max_position_embeddings, defaults)
     newer, older = config.get("rope_parameters"), config.get("rope_scaling")
     if newer is not None and older is not None and newer != older:
         config.refuse("rope_scaling", "contradicts 'rope_parameters'")
     rope = config.section("rope_scaling" if newer is None else "rope_parameters")
-    layer_types = rope.sections()
-    if not layer_types:
-        return rope
-    first = rope.get(layer_types[0])
-    for layer_type in layer_types:
-        if rope.get(layer_type) != first:
-            rope.refuse(layer_type, f"differs from {layer_types[0]!r}, which is not supported")
-    rope.check_understood()
-    return rope.section(layer_types[0])
+    by_type = {name: reader.read(rope.section(name)) for name in rope.sections()}
+    if by_type:
+        rope.check_understood()
+        for name in layer_types:
+            if name not in by_type:
+                rope.refuse(name, "is missing, though there are layers of this type")
+        return {name: by_type[name] for name in layer_types}
+    rotary = reader.read(rope)
+    plain = rotary
+    if defaults.has_plain_windows and newer is None:
+        theta = config.positive_float("rope_local_base_freq", defaults.window_theta or rotary.theta)
+        plain = replace(rotary, theta=theta, scaling=None)
+    return {name: plain if name == SLIDING else rotary for name in layer_types}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one set of rotary parameters; what the set leaves out may stand beside it in `config`."""
+
+    config: HFConfig
+    head_dim: int
+    max_position_embeddings: int
+    defaults: RopeDefaults
+
+    def read(self, rope: HFConfig) -> RotaryConfig:
+        theta = rope.positive_float(
+            "rope_theta", self.config.positive_float("rope_theta", self.defaults.theta)
+        )
+        part = rope.positive_float(
+            "partial_rotary_factor",
+            self.config.positive_float("partial_rotary_factor", self.defaults.partial_rotary_factor),
+        )
+        scaling = self._scaling(rope, part)
+        is_known = self.defaults.may_be_partial or isinstance(scaling, ProportionalRopeScaling)
+        if part != self.defaults.partial_rotary_factor == 1.0 and not is_known:
+            section = self.config if rope.get("partial_rotary_factor") is None else rope
+            section.refuse("partial_rotary_factor", f"is {part}, which this architecture does not know")
+        rope.get("finetuned")  # a note about training
+        rope.check_understood()
+        rotary_dim = self._rotary_dim(part)
+        if isinstance(scaling, ProportionalRopeScaling):
+            rotary_dim = self.head_dim
+        return RotaryConfig(
+            rotary_dim=rotary_dim,
+            theta=theta,
+            scaling=scaling,
+            is_interleaved=self.defaults.is_interleaved,
+        )
+
+    def _rotary_dim(self, part: float) -> int:
+        if part == 1.0 and self.head_dim % 2:
+            self.config.refuse("head_dim", f"is {self.head_dim}, but rotary needs pairs of dimensions")
+        rotary_dim = int(self.head_dim * part)
+        if part > 1.0 or rotary_dim % 2 or rotary_dim == 0:
+            self.config.refuse(
+                "partial_rotary_factor",
+                f"is {part}, no number of pairs of {self.head_dim} dimensions",
+            )
+        return rotary_dim
+
+    def _scaling(self, rope: HFConfig, part: float) -> RopeScaling | None:
+        # Some files keep it outside the rotary parameters, and there it has the last word.
+        original = self.config.positive_int(
+            "original_max_position_embeddings",
+            rope.positive_int("original_max_position_embeddings", self.max_position_embeddings),
+        )
+        older_name = rope.get("type", "default")
+        name = rope.get("rope_type", older_name)
+        match self.defaults.type_names.get(name, name):
+            case "default":
+                return None
+            case "dynamic":
+                # It changes the base for texts longer than `max_position_embeddings`, which are not served.
+                rope.positive_float("factor")
+                return None
+            case "linear":
+                return LinearRopeScaling(rope.positive_float("factor"))
+            case "llama3":
+                return _read_llama3(rope, original)
+            case "yarn":
+                return _read_yarn(rope, original, extended=self.max_position_embeddings)
+            case "longrope":
+                num_pairs = self._rotary_dim(part) // 2
+                return _read_longrope(
+                    rope, original, extended=self.max_position_embeddings, num_pairs=num_pairs
+                )
+            case "proportional":
+                return ProportionalRopeScaling(
+                    turned_fraction=part, factor=rope.positive_float("factor", 1.0)
+                )
+            case other:
+                rope.refuse(
+                    "rope_type",
+                    f"is {other!r}; default, dynamic, linear, llama3, longrope, proportional and yarn "
+                    "are supported",
+                )
+
+
+def _read_llama3(rope: HFConfig, original: int) -> Llama3RopeScaling:
+    scaling = Llama3RopeScaling(
+        factor=rope.positive_float("factor"),
+        low_freq_factor=rope.positive_float("low_freq_factor"),
+        high_freq_factor=rope.positive_float("high_freq_factor"),
+        original_max_position_embeddings=original,
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        rope.refuse("high_freq_factor", "is not above low_freq_factor")
+    return scaling
 
 
 def _read_yarn(rope: HFConfig, original: int, *, extended: int) -> YarnRopeScaling:
     """Yarn's parameters; attention is sharpened as the paper says unless the file says how."""
     factor = rope.positive_float("factor", extended / original)
-    attention_factor = rope.get("attention_factor")
+    attention_factor = rope.optional_float("attention_factor")
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if attention_factor is not None:
-        attention_factor = rope.positive_float("attention_factor")
+        pass
     elif mscale and mscale_all_dim:
         numerator = _attention_factor(factor, rope.positive_float("mscale"))
         attention_factor = numerator / _attention_factor(factor, rope.positive_float("mscale_all_dim"))
@@ -92,3 +193,17 @@ def _read_yarn(rope: HFConfig, original: int, *, extended: int) -> YarnRopeScali
 
 def _attention_factor(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _read_longrope(rope: HFConfig, original: int, *, extended: int, num_pairs: int) -> LongRopeScaling:
+    """LongRoPE's divisors, and the sharpening that follows from how far the context is stretched."""
+    factor = rope.positive_float("factor", extended / original)
+    sharpened = 1.0
+    if factor > 1.0 and original > 1:
+        sharpened = math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        short_factors=rope.positive_floats("short_factor", number=num_pairs),
+        long_factors=rope.positive_floats("long_factor", number=num_pairs),
+        original_max_position_embeddings=original,
+        attention_factor=rope.positive_float("attention_factor", sharpened),
+    )

@@ -7,12 +7,69 @@ from typing import Any, Protocol
 
 from graphllm.errors import CheckpointError
 from graphllm.models.config import ModelConfig
+from graphllm.models.families.cohere import COHERE, COHERE2
+from graphllm.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from graphllm.models.families.falcon import FALCON
+from graphllm.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from graphllm.models.families.glm4 import GLM, GLM4
+from graphllm.models.families.glm4_moe import GLM4_MOE
+from graphllm.models.families.gpt2 import GPT2
+from graphllm.models.families.gpt_neox import GPT_NEOX
+from graphllm.models.families.gpt_oss import GPT_OSS
+from graphllm.models.families.granite import GRANITE
+from graphllm.models.families.granite_moe import GRANITE_MOE
 from graphllm.models.families.llama import LLAMA
+from graphllm.models.families.mistral import MISTRAL
+from graphllm.models.families.mixtral import MIXTRAL
+from graphllm.models.families.olmo import OLMO2, OLMO3
+from graphllm.models.families.olmoe import OLMOE
+from graphllm.models.families.opt import OPT
+from graphllm.models.families.phi import PHI
+from graphllm.models.families.phi3 import PHI3
+from graphllm.models.families.qwen2 import QWEN2
+from graphllm.models.families.qwen2_moe import QWEN2_MOE
 from graphllm.models.families.qwen3 import QWEN3
+from graphllm.models.families.qwen3_moe import QWEN3_MOE
+from graphllm.models.families.smollm3 import SMOLLM3
+from graphllm.models.families.stablelm import STABLELM
+from graphllm.models.families.starcoder2 import STARCODER2
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 
-FAMILIES = (LLAMA, QWEN3)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI,
+    PHI3,
+    GRANITE,
+    OLMO2,
+    OLMO3,
+    SMOLLM3,
+    COHERE,
+    COHERE2,
+    GLM,
+    GLM4,
+    STABLELM,
+    STARCODER2,
+    GPT_NEOX,
+    GPT2,
+    OPT,
+    FALCON,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GRANITE_MOE,
+    GLM4_MOE,
+    GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+)
 
 
 class Configured(Protocol):

@@ -58,7 +58,7 @@ class StepParts:
             max_bytes=max_bytes,
         )
 
-    def runner(
+    def new_runner(
         self,
         program: StepProgram,
         graphs: GraphRunner,

@@ -24,6 +24,7 @@ from graphllm.runner.step_buffers import NUM_ROW_VECTORS, StepBuffers
 from graphllm.runner.step_program import StepShape
 from graphllm.runner.step_reports import HostReports, ScoreLines, stage_spans
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from graphllm.sequence import SequenceGroup
 
 
 class _HostTable:
@@ -58,7 +59,7 @@ class _HostTable:
 
 @dataclass(frozen=True, slots=True)
 class _StagedTokens:
-    """One new slot's token row, a slice of the entry's flat memory."""
+    """One new slot's token row, a slice of the entry's flat memory, which siblings may share."""
 
     slot: int
     tokens: slice
@@ -234,12 +235,19 @@ class StagingRing:
         blocks: list[int] = []
         block_index: list[int] = []
         sampling: list[tuple[int, SamplingRow]] = []
+        prompts: dict[SequenceGroup, slice] = {}
         entry.installs = []
         for install in batch.installs:
             sequence = install.sequence
-            first_token = len(tokens)
-            tokens.extend(sequence.token_ids)
-            entry.installs.append(_StagedTokens(install.slot, slice(first_token, len(tokens))))
+            # Siblings start with the same tokens: a hundred copies of a long prompt would stop the loop.
+            is_prompt = sequence.num_output_tokens == 0
+            staged = prompts.get(sequence.group) if is_prompt else None
+            if staged is None:
+                staged = slice(len(tokens), len(tokens) + len(sequence.token_ids))
+                tokens.extend(sequence.token_ids)
+                if is_prompt:
+                    prompts[sequence.group] = staged
+            entry.installs.append(_StagedTokens(install.slot, staged))
             blocks.extend(sequence.block_table)
             block_index.extend(self._block_range(install.slot, 0, len(sequence.block_table)))
             row = pack_sampling_row(

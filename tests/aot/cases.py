@@ -15,19 +15,25 @@ import torch
 from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec
 from graphllm.attention.triton_paged import TritonPagedAttention
+from graphllm.kernels.activation import activation
+from graphllm.kernels.add_rows import add_rows
 from graphllm.kernels.block_copy import BlockPools, CopyKind, block_copy
 from graphllm.kernels.embedding import embedding
 from graphllm.kernels.gated_activation import Activation, gated_activation
 from graphllm.kernels.gated_linear import gated_linear
 from graphllm.kernels.layer_norm import add_layer_norm, layer_norm
 from graphllm.kernels.linear_choice import SkinnyConfig, default_table
+from graphllm.kernels.logit_adjustment import adjust_logits
+from graphllm.kernels.residual_add import residual_add
 from graphllm.kernels.rms_norm import add_rms_norm, rms_norm
 from graphllm.kernels.rotary import rotary_tables
 from graphllm.kernels.rotary_cache_write import rotary_cache_write
 from graphllm.kernels.skinny_linear import skinny_linear, skinny_num_counters, skinny_scratch_bytes
 from graphllm.kernels.step_inputs import StepInputs, step_inputs
+from graphllm.kernels.token_ranks import token_ranks
 from graphllm.runner.device_sampler import SampleResults, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplingTables
+from tests.aot import moe_cases
 from tests.aot.recording import Card
 
 BF16 = torch.bfloat16
@@ -70,13 +76,28 @@ def norms(card: Card) -> None:
     add_rms_norm(x, residual, weight, eps=1e-6, unit_offset=True, rows=rows, out=out[:DECODE_TOKENS])
     layer_norm(x, weight, weight, eps=1e-5, out=out)
     add_layer_norm(x, residual, weight, weight, eps=1e-5, out=out)
+    add_rms_norm(x, residual, weight, eps=1e-6, scale=0.22, out=out)
+    residual_add(x, residual)
+    residual_add(x, residual, scale=0.22)
+
+
+def norms_of_heads(card: Card) -> None:
+    """Of a merged projection's query heads: all together, and each by its own factors."""
+    shape = LLAMA_8B
+    query = queries(card, shape, DECODE_TOKENS)
+    flat = query.flatten(1)
+    rms_norm(flat, card.tensor(shape.num_heads * shape.head_dim, dtype=BF16), eps=1e-6, out=flat)
+    weight = card.tensor(shape.num_heads, shape.head_dim, dtype=BF16)
+    layer_norm(query, weight, None, eps=1e-5, out=query)
 
 
 def gated_activations(card: Card) -> None:
     shape = LLAMA_8B
     gate_up = card.tensor(DECODE_TOKENS, 2 * shape.intermediate, dtype=BF16)
-    for activation in get_args(Activation):
-        gated_activation(gate_up, activation, out=card.tensor(DECODE_TOKENS, shape.intermediate, dtype=BF16))
+    for kind in get_args(Activation):
+        out = card.tensor(DECODE_TOKENS, shape.intermediate, dtype=BF16)
+        gated_activation(gate_up, kind, out=out)
+        activation(out, kind, out=out)
 
 
 def embeddings(card: Card) -> None:
@@ -85,6 +106,16 @@ def embeddings(card: Card) -> None:
         weight = card.tensor(shape.vocab, shape.hidden, dtype=BF16)
         scale = shape.hidden**0.5 if shape is GEMMA_LIKE else None
         embedding(token_ids, weight, out=card.tensor(DECODE_TOKENS, shape.hidden, dtype=BF16), scale=scale)
+
+
+def ends_of_the_stream(card: Card) -> None:
+    """Learned positions at its beginning, capped and scaled logits at its end."""
+    hidden = card.tensor(DECODE_TOKENS, LLAMA_1B.hidden, dtype=BF16)
+    table = card.tensor(2050, LLAMA_1B.hidden, dtype=BF16)
+    add_rows(table[2:], card.tensor(DECODE_TOKENS, dtype=torch.int64), out=hidden)
+    logits = card.tensor(DECODE_TOKENS, GEMMA_LIKE.vocab, dtype=torch.float32)
+    adjust_logits(logits, softcap=30.0)
+    adjust_logits(logits, multiplier=0.0625)
 
 
 def inputs_of_steps(card: Card) -> None:
@@ -142,19 +173,23 @@ def cache_of(card: Card, shape: Shape, dtype: torch.dtype) -> Cache:
 
 
 def cache_writes(card: Card) -> None:
-    for shape, dtype, num_tokens in (
-        (LLAMA_1B, BF16, DECODE_TOKENS),
-        (QWEN_600M, BF16, DECODE_TOKENS),
-        (GEMMA_LIKE, BF16, DECODE_TOKENS),
-        (LLAMA_8B, BF16, MIXED_TOKENS),
-        (QWEN_600M, eight_bits(card), MIXED_TOKENS),
+    """Whole heads that turn by halves, then parts of heads, and neighbours."""
+    for shape, dtype, num_tokens, rotary_dim, is_interleaved in (
+        (LLAMA_1B, BF16, DECODE_TOKENS, 64, False),
+        (QWEN_600M, BF16, DECODE_TOKENS, 128, False),
+        (GEMMA_LIKE, BF16, DECODE_TOKENS, 256, False),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 128, False),
+        (QWEN_600M, eight_bits(card), MIXED_TOKENS, 128, False),
+        (LLAMA_1B, BF16, DECODE_TOKENS, 16, False),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 96, False),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 64, True),
     ):
         num_heads = shape.num_heads + 2 * shape.num_kv_heads
         norm = card.tensor(shape.head_dim, dtype=BF16) if shape.has_qk_norm else None
         cache = cache_of(card, shape, dtype)
         rotary_cache_write(
             card.tensor(num_tokens, num_heads * shape.head_dim, dtype=BF16),
-            card.tensor(2, num_tokens, shape.head_dim, dtype=BF16),
+            card.tensor(2, num_tokens, rotary_dim, dtype=BF16),
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             slot_mapping=card.tensor(num_tokens, dtype=torch.int64),
@@ -162,6 +197,7 @@ def cache_writes(card: Card) -> None:
             value_cache=cache.value,
             key_scale=cache.key_scale,
             value_scale=cache.value_scale,
+            is_interleaved=is_interleaved,
             query_norm=norm,
             key_norm=norm,
             norm_eps=1e-6 if shape.has_qk_norm else 0.0,
@@ -191,11 +227,12 @@ def attention(card: Card) -> None:
         block_tables=card.tensor(NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
-    for shape, dtype, window, softcap in (
-        (LLAMA_1B, BF16, None, None),
-        (LLAMA_8B, BF16, None, None),
-        (LLAMA_8B, eight_bits(card), None, None),
-        (GEMMA_LIKE, BF16, 4096, 50.0),
+    for shape, dtype, window, softcap, has_alibi in (
+        (LLAMA_1B, BF16, None, None, False),
+        (LLAMA_8B, BF16, None, None, False),
+        (LLAMA_8B, eight_bits(card), None, None, False),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False),
+        (LLAMA_1B, BF16, None, None, True),
     ):
         metadata = backend.plan(inputs, bucket)
         backend.begin_step(metadata)
@@ -211,6 +248,7 @@ def attention(card: Card) -> None:
                 softcap=softcap,
             ),
             metadata=metadata,
+            slopes=card.tensor(shape.num_heads, dtype=torch.float32) if has_alibi else None,
             out=arena.take("out", MIXED_TOKENS, shape.num_heads, shape.head_dim, dtype=BF16),
         )
 
@@ -295,6 +333,15 @@ def samplers(card: Card) -> None:
         )
 
 
+def ranks_of_tokens(card: Card) -> None:
+    num_rows, vocab = DECODE_TOKENS, LLAMA_8B.vocab
+    token_ranks(
+        card.tensor(num_rows, vocab, dtype=torch.float32),
+        card.tensor(num_rows, dtype=torch.int64),
+        out=card.tensor(num_rows, dtype=torch.int32),
+    )
+
+
 def block_copies(card: Card) -> None:
     """Within the pools as they are stored in 16 bits, between the tiers with the scales of 8 bits."""
     num_layers, num_blocks = 32, 1024
@@ -313,8 +360,10 @@ def block_copies(card: Card) -> None:
 
 CASES = (
     norms,
+    norms_of_heads,
     gated_activations,
     embeddings,
+    ends_of_the_stream,
     inputs_of_steps,
     rotary,
     cache_writes,
@@ -322,5 +371,7 @@ CASES = (
     skinny_products,
     gated_products,
     samplers,
+    ranks_of_tokens,
     block_copies,
+    *moe_cases.CASES,
 )

@@ -20,8 +20,9 @@ from tests.architecture.source_tree import PACKAGE, read_package
 # Kernels whose products belong on matrix units; `_skinny_linear_kernel` and its like in one form of two.
 ATTENTION = {"_paged_decode_attention_kernel", "_paged_prefill_attention_kernel"}
 PRODUCTS = {"_skinny_linear_kernel", "_gated_linear_kernel"}
+GROUPED_PRODUCTS = {"_grouped_gated_kernel", "_grouped_linear_kernel"}
 # They cost half a second each on average: a table that grew past this would cost every change minutes.
-MAX_COMPILATIONS = 180
+MAX_COMPILATIONS = 340
 
 # A cold cache, on two busy cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -62,6 +63,11 @@ def test_no_kernel_breaks_a_rule(rows: list[Row]) -> None:
 def test_attention_multiplies_on_matrix_units_in_every_configuration(rows: list[Row]) -> None:
     found = {(row.kernel, row.matrix) for row in rows if row.kernel in ATTENTION}
     assert found == {(kernel, ("bf16",)) for kernel in ATTENTION}
+
+
+def test_experts_products_multiply_on_matrix_units_in_every_configuration(rows: list[Row]) -> None:
+    found = {(row.kernel, row.matrix) for row in rows if row.kernel in GROUPED_PRODUCTS}
+    assert found == {(kernel, ("bf16",)) for kernel in GROUPED_PRODUCTS}
 
 
 def test_products_multiply_on_matrix_units_on_every_card(rows: list[Row]) -> None:

@@ -63,3 +63,34 @@ def test_only_a_prompt_from_its_start_is_plainly_causal() -> None:
     mask = chunk.mask(None, torch.float32)
     assert mask is not None
     assert mask[0, 0].tolist() == [[0.0] * 6 + [-torch.inf], [0.0] * 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_decode_rows", "window"),
+    [([(1, 40), (1, 90), (1, 3)], 3, 13), ([(5, 90)], 0, 13), ([(1, 14)], 1, 13)],
+)
+def test_a_window_reads_the_tokens_that_some_query_sees_and_no_others(
+    rows: list[tuple[int, int]], num_decode_rows: int, window: int
+) -> None:
+    batch = paged_batch(rows, num_heads=1, num_kv_heads=1, num_decode_rows=num_decode_rows)
+    (group,) = group_rows(batch.inputs, num_decode_rows=num_decode_rows, block_size=4)
+    windowed = group.within(window)
+    assert windowed is group.within(window) and windowed is not group
+    width = window + group.query_len - 1
+    assert windowed.slots.shape == (len(rows) * width,)
+    for (_, context_len), slots, whole in zip(
+        rows,
+        windowed.slots.view(len(rows), -1),
+        group.slots.view(len(rows), -1),
+        strict=True,
+    ):
+        seen = min(width, context_len)
+        assert torch.equal(slots[:seen], whole[context_len - seen : context_len])
+        assert set(slots.tolist()) <= set(whole[:context_len].tolist())
+
+
+@pytest.mark.parametrize("window", [None, 40, 500])
+def test_a_window_as_wide_as_the_context_changes_nothing(window: int | None) -> None:
+    batch = paged_batch([(1, 40), (1, 9)], num_heads=1, num_kv_heads=1, num_decode_rows=2)
+    (group,) = group_rows(batch.inputs, num_decode_rows=2, block_size=4)
+    assert group.within(window) is group

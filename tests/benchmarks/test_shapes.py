@@ -24,12 +24,20 @@ def read(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    [("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920), ("llama-3.1-8b", 8_030_261_248)],
+    [
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("gpt-oss-20b", 20_914_757_184),
+    ],
 )
 def test_a_shape_has_the_parameters_of_the_published_model(name: str, num_parameters: int) -> None:
     config = read(name)
     assert config.dtype == torch.bfloat16
-    assert weight_bytes(config, torch.bfloat16).total == 2 * num_parameters
+    sinks = config.num_layers * config.num_heads * config.has_sinks  # in float32 whatever the rest is
+    assert weight_bytes(config, torch.bfloat16).total == 2 * num_parameters + 2 * sinks
 
 
 @pytest.mark.parametrize(
@@ -58,4 +66,11 @@ def test_a_decode_step_reads_the_bytes_of_its_known_floor(
 
 
 def test_shapes_are_served_by_name_of_their_file() -> None:
-    assert {path.stem for path in SHAPES.glob("*.json")} == {"llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b"}
+    assert {path.stem for path in SHAPES.glob("*.json")} == {
+        "llama-3.2-1b",
+        "qwen3-0.6b",
+        "llama-3.1-8b",
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+        "gpt-oss-20b",
+    }

@@ -91,6 +91,12 @@ class LanguageCompiler:
 
         return make
 
+    def start(self, structured: StructuredOutputs) -> Callable[[], WordConstraint]:
+        return self.compile(structured)
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
     def install(self, engine: Engine) -> LanguageCompiler:
         engine._loaded.model.constraints._compiler = self
         return self

@@ -114,9 +114,25 @@ class Lenient(WordConstraint):
         super().restrict(mask)
 
 
+class DefectiveAccept(WordConstraint):
+    def accept(self, token_id: int) -> None:
+        super().accept(token_id)
+        if len(self.output) == 3:
+            raise ZeroDivisionError("a defect")
+
+
+class TooComplex(WordConstraint):
+    def accept(self, token_id: int) -> None:
+        super().accept(token_id)
+        if len(self.output) == 2:
+            raise InvalidRequestError("too complex at this place", param="structured_outputs")
+
+
 @pytest.mark.parametrize(
     ("odd", "error", "match"),
     [
+        (DefectiveAccept, GraphLLMError, "a defect"),
+        (TooComplex, InvalidRequestError, "too complex at this place"),
         (OnlyPadding, NoAllowedTokenError, "No token may come next"),
         (Exploding, GraphLLMError, "a defect"),
         (Lenient, ConstraintViolation, "behind"),

@@ -123,6 +123,7 @@ class Attention:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         batch = self.batch
@@ -152,6 +153,7 @@ class Attention:
             "scale": SCALE,
             "softcap": self.softcap,
             "sinks": self.sinks,
+            "slopes": self.slopes,
             "key_scale": batch.key_scale,
             "value_scale": batch.value_scale,
             "out": out,
@@ -193,6 +195,7 @@ class Attention:
             sliding_window=self.sliding_window,
             softcap=self.softcap,
             sinks=self.sinks,
+            slopes=self.slopes,
             key_scale=batch.key_scale,
             value_scale=batch.value_scale,
         )
@@ -210,6 +213,14 @@ def nans(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def draw_sinks(num_heads: int) -> torch.Tensor:
     """Around the largest scores, so that they weigh."""
     return (2 * torch.randn(num_heads, generator=torch.Generator().manual_seed(1)) + 2).to(DEVICE)
+
+
+def beside(kind: str | None, num_heads: int) -> dict[str, torch.Tensor]:
+    """What may take part in the scores beside queries and keys: ALiBi's slopes, or sinks, or nothing."""
+    if kind is None:
+        return {}
+    slopes = torch.exp2(-8.0 * torch.arange(1, num_heads + 1) / num_heads).to(DEVICE)
+    return {kind: slopes if kind == "slopes" else draw_sinks(num_heads)}
 
 
 def assert_attended(actual: torch.Tensor, expected: torch.Tensor) -> None:

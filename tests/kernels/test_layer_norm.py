@@ -46,3 +46,22 @@ def test_chosen_rows_are_normed_and_the_residual_is_left_as_it_is() -> None:
     assert torch.equal(residual, before)
     expected = layer_norm((x + residual)[rows], weight, bias, eps=1e-3, out=torch.empty_like(out))
     assert torch.equal(out, expected)
+
+
+def test_heads_may_have_factors_and_terms_of_their_own() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 3, 16), torch.randn(3, 16), torch.randn(3, 16)
+    found = layer_norm(x, weight, bias, eps=1e-3, out=torch.empty_like(x))
+    for head in range(3):
+        alone = x[:, head].contiguous()
+        expected = layer_norm(alone, weight[head], bias[head], eps=1e-3, out=torch.empty_like(alone))
+        torch.testing.assert_close(found[:, head], expected)
+
+
+def test_the_addition_may_be_scaled() -> None:
+    torch.manual_seed(0)
+    x, residual, weight, bias = torch.randn(5, 48), torch.randn(5, 48), torch.randn(48), torch.randn(48)
+    summed, out = residual.clone(), torch.empty_like(x)
+    add_layer_norm(x, summed, weight, bias, eps=1e-3, scale=0.22, out=out)
+    assert torch.equal(summed, residual + 0.22 * x)
+    assert torch.equal(out, layer_norm(summed, weight, bias, eps=1e-3, out=torch.empty_like(x)))

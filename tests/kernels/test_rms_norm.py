@@ -84,3 +84,20 @@ def test_norm_may_replace_its_input() -> None:
     expected = rms_norm(x, weight, eps=1e-6)
     assert torch.equal(rms_norm(x, weight, eps=1e-6, out=x), expected)
     assert torch.equal(x, expected)
+
+
+def test_heads_may_have_factors_of_their_own() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, 16), torch.randn(3, 16)
+    found = rms_norm(x, weight, eps=1e-3)
+    for head in range(3):
+        assert torch.equal(found[:, head], rms_norm(x[:, head].contiguous(), weight[head], eps=1e-3))
+
+
+def test_the_addition_may_be_scaled() -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(5, 48), torch.randn(5, 48), torch.randn(48)
+    summed, out = residual.clone(), torch.empty_like(x)
+    add_rms_norm(x, summed, weight, eps=1e-3, scale=0.22, out=out)
+    assert torch.equal(summed, residual + 0.22 * x)
+    assert torch.equal(out, rms_norm(summed, weight, eps=1e-3))

@@ -19,9 +19,9 @@ def tables(
     return rotary_tables_ref(positions, frequencies, scale=scale, out=out)
 
 
-def turned(heads: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+def turned(heads: torch.Tensor, tables: torch.Tensor, *, is_interleaved: bool = False) -> torch.Tensor:
     heads = heads.clone()
-    rotary_ref(heads, tables)
+    rotary_ref(heads, tables, is_interleaved=is_interleaved)
     return heads
 
 
@@ -42,6 +42,19 @@ def test_pairs_of_dimensions_turn_like_complex_numbers(head_dim: int, num_heads:
                 expected = point * cmath.exp(1j * position * frequency) * 1.5
                 found = complex(found_heads[token, head, pair], found_heads[token, head, pair + half])
                 assert abs(found - expected) < 2e-4  # float32 angles of up to 1000
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 6, 10])
+def test_neighbours_turn_as_the_halves_of_the_same_numbers_in_another_order(rotary_dim: int) -> None:
+    torch.manual_seed(0)
+    heads = torch.randn(4, 3, 10)
+    angles = tables(torch.tensor([0, 1, 5, 1000]), torch.rand(rotary_dim // 2), scale=1.5)
+    order = torch.cat((torch.arange(rotary_dim).view(-1, 2).t().flatten(), torch.arange(rotary_dim, 10)))
+    expected = torch.empty_like(heads)
+    expected[..., order] = turned(heads[..., order], angles)
+    found = turned(heads, angles, is_interleaved=True)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
+    assert torch.equal(found[..., rotary_dim:], heads[..., rotary_dim:])
 
 
 def test_scores_depend_on_the_distance_only() -> None:

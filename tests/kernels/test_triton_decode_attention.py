@@ -10,6 +10,7 @@ from tests.kernels.attention_batch import (
     Attention,
     assert_attended,
     attention_batch,
+    beside,
     draw_sinks,
     pairwise,
 )
@@ -28,7 +29,7 @@ AXES: dict[str, list[Any]] = {
     "cache_dtype": [None, torch.int8, torch.float8_e5m2, *([torch.float8_e4m3fn] if HAS_E4M3 else [])],
     "sliding_window": [None, 5, 70],
     "softcap": [None, 3.0],
-    "has_sinks": [False, True],
+    "beside": [None, "sinks", "slopes"],
 }
 
 
@@ -61,7 +62,7 @@ def test_decode_rows_equal_the_reference(case: dict[str, Any]) -> None:
         num_programs=case["num_programs"],
         sliding_window=case["sliding_window"],
         softcap=case["softcap"],
-        sinks=draw_sinks(2 * group) if case["has_sinks"] else None,
+        **beside(case["beside"], 2 * group),
     )
     assert_attended(attention.run(prefill=False), attention.expected())
 

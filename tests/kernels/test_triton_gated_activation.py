@@ -11,7 +11,7 @@ from tests.kernels.device import DEVICE
 
 pytestmark = pytest.mark.triton
 
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
 # Two roundings, which the interpreter does to bfloat16 by truncation.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6 if INTERPRETED else 2**-7}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -106,6 +108,54 @@ def test_rows_of_more_dimensions_are_normed_each_by_itself() -> None:
     found = rms_norm(heads, weight, eps=1e-6, out=heads)  # in place
     torch.testing.assert_close(found, expected, rtol=3e-6, atol=3e-6, equal_nan=True)
     assert found.isnan().sum() == 64
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("scale", [0.22, 2.0])
+def test_the_addition_may_be_scaled(scale: float, dtype: torch.dtype) -> None:
+    x, residual, weight, bias = _inputs(3, 80, dtype)
+    rows = torch.tensor([2, 0], device=DEVICE)
+    for at, lines in ((None, 3), (rows, 2)):
+        left, expected = residual.clone(), residual.clone()
+        out, out_ref = (torch.full((lines, 80), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+        add_rms_norm(x, left, weight, eps=0.1, scale=scale, rows=at, out=out)
+        add_rms_norm_ref(x, expected, weight, eps=0.1, scale=scale, rows=at, out=out_ref)
+        _assert_close(left, expected, roundings=2)
+        _assert_close(out, out_ref, roundings=8)
+        left, expected = residual.clone(), residual.clone()
+        add_layer_norm(x, left, weight, bias, eps=0.1, scale=scale, rows=at, out=out)
+        add_layer_norm_ref(x, expected, weight, bias, eps=0.1, scale=scale, rows=at, out=out_ref)
+        _assert_close(left, expected, roundings=2)
+        _assert_close(out, out_ref, roundings=32)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("num_heads", [None, 3])
+@pytest.mark.parametrize("has_own_factors", [False, True])
+def test_heads_in_the_middle_of_a_merged_projection_are_normed_in_place(
+    has_own_factors: bool, num_heads: int | None, dtype: torch.dtype
+) -> None:
+    """num_heads None: all heads of a token as one row."""
+    if has_own_factors and num_heads is None:
+        return
+    size = 48 if num_heads is None else 16
+    factors = (num_heads, size) if has_own_factors and num_heads else (size,)
+    weight, bias = (_random(*factors, dtype=dtype, seed=seed) for seed in (3, 4))
+    for norm, reference, roundings in (
+        (partial(rms_norm, weight=weight), partial(rms_norm_ref, weight=weight), 2),
+        (
+            partial(layer_norm, weight=weight, bias=bias),
+            partial(layer_norm_ref, weight=weight, bias=bias),
+            8,
+        ),
+    ):
+        merged = _random(5, 80, dtype=dtype)
+        before = merged.clone()
+        part = merged[:, 16:64] if num_heads is None else merged[:, 16:64].view(5, num_heads, size)
+        expected = reference(part.contiguous(), eps=0.1, out=torch.empty_like(part.contiguous()))
+        norm(part, eps=0.1, out=part)
+        _assert_close(part, expected, roundings=roundings)
+        assert torch.equal(merged[:, :16], before[:, :16]) and torch.equal(merged[:, 64:], before[:, 64:])
 
 
 def test_nothing_outside_the_rows_is_written() -> None:

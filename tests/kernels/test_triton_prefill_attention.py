@@ -9,6 +9,7 @@ from tests.kernels.attention_batch import (
     Attention,
     assert_attended,
     attention_batch,
+    beside,
     draw_sinks,
     pairwise,
 )
@@ -26,7 +27,7 @@ AXES: dict[str, list[Any]] = {
     # Narrower than a query tile, between a tile and the context, wider than everything.
     "sliding_window": [None, 5, 90, 1000],
     "softcap": [None, 3.0],
-    "has_sinks": [False, True],
+    "beside": [None, "sinks", "slopes"],
 }
 
 
@@ -51,7 +52,7 @@ def test_prefill_rows_equal_the_reference(case: dict[str, Any]) -> None:
         batch,
         sliding_window=case["sliding_window"],
         softcap=case["softcap"],
-        sinks=draw_sinks(group) if case["has_sinks"] else None,
+        **beside(case["beside"], group),
     )
     assert_attended(attention.run(decode=False), attention.expected())
 

@@ -37,6 +37,8 @@ class Step:
     is_turned: bool = True
     norm: str = ""  # "weight", "1 + weight" or none
     num_padding: int = 0
+    rotary_dim: int = 0  # 0 for the whole head
+    is_interleaved: bool = False
     qkv: torch.Tensor = field(init=False, repr=False)
     tables: torch.Tensor | None = field(init=False, repr=False, default=None)
     options: dict[str, Any] = field(init=False, repr=False)
@@ -51,9 +53,9 @@ class Step:
         if self.is_turned:
             self.tables = rotary_tables_ref(
                 torch.randint(5000, (self.num_tokens,)),
-                torch.rand(self.head_dim // 2),
-                scale=1.0,
-                out=torch.empty(2, self.num_tokens, self.head_dim, dtype=self.dtype),
+                torch.rand((self.rotary_dim or self.head_dim) // 2),
+                scale=1.25,
+                out=torch.empty(2, self.num_tokens, self.rotary_dim or self.head_dim, dtype=self.dtype),
             ).to(DEVICE)
         num_blocks = self.num_tokens // self.block_size + 3
         slots = self.block_size + torch.randperm((num_blocks - 1) * self.block_size)[: self.num_tokens]
@@ -64,6 +66,7 @@ class Step:
         self.options = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
+            "is_interleaved": self.is_interleaved,
             "slot_mapping": slots.to(DEVICE),
             "key_cache": torch.full(size, empty, device=DEVICE).to(self.cache_dtype),
             "value_cache": torch.full(size, empty, device=DEVICE).to(self.cache_dtype),
@@ -113,6 +116,12 @@ STEPS = [
     Step(3, 12, 12, 80, dtype=BF16),
     Step(2, 3, 3, 96, dtype=F32, is_turned=False),
     Step(3, 4, 2, 64, dtype=F32, cache_dtype=BF16, norm="weight"),
+    Step(3, 4, 2, 80, dtype=F32, rotary_dim=32, num_padding=1),
+    Step(3, 2, 2, 64, dtype=BF16, rotary_dim=48, norm="weight"),
+    Step(2, 4, 1, 12, dtype=F32, rotary_dim=2, norm="1 + weight"),
+    Step(3, 4, 2, 64, dtype=F32, is_interleaved=True),
+    Step(3, 4, 2, 96, dtype=F16, is_interleaved=True, rotary_dim=48, norm="weight", num_padding=1),
+    Step(260, 4, 2, 64, dtype=BF16, is_interleaved=True, rotary_dim=32),
     Step(261, 3, 1, 64, dtype=BF16, num_padding=3),
     Step(259, 10, 10, 128, dtype=F32, norm="weight", block_size=64, num_padding=1),
 ]
@@ -121,7 +130,8 @@ STEPS = [
 def name_of(step: Step) -> str:
     dtypes = f"{step.dtype}-{step.cache_dtype}".replace("torch.", "")
     heads = f"{step.num_heads}-{step.num_kv_heads}-{step.head_dim}"
-    return f"{step.num_tokens}-{heads}-{dtypes}-{step.norm or 'no norm'}"
+    turn = f"{step.rotary_dim}-{'neighbours' if step.is_interleaved else 'halves'}"
+    return f"{step.num_tokens}-{heads}-{dtypes}-{step.norm or 'no norm'}-{turn}"
 
 
 @pytest.mark.parametrize("step", STEPS, ids=name_of)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 STANDARD_DEVIATION = 0.15  # wide enough that attention is far from uniform: mistakes show
 
@@ -73,14 +74,24 @@ def redraw(model: PreTrainedModel, *, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # a weight, but that no gradient reaches it
+                buffer.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Where the model keeps the matrix behind its logits."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def as_checkpoint(model: PreTrainedModel) -> MemoryCheckpoint:
     """What `save_pretrained` would write: a tied head is not stored."""
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    stored = revert_weight_conversion(model, dict(model.state_dict()))
+    tensors = {name: tensor.detach().clone() for name, tensor in stored.items()}
     if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+        del tensors[f"{head_name(model)}.weight"]
     hf_config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     return MemoryCheckpoint(hf_config, tensors)

@@ -12,11 +12,14 @@ import torch
 from graphllm.attention.paged import PagedAttention
 from graphllm.errors import CheckpointError
 from graphllm.kernels.linear import linear_ref
+from graphllm.layers.norm import RMSNorm
 from graphllm.models.checkpoint import open_checkpoint, open_model, resolve_model_path
 from graphllm.models.decoder import Decoder
 from graphllm.models.dummy import STANDARD_DEVIATION, DummyCheckpoint, fill_random
 from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.models.weights import load_model
+from tests.models.equality import paged
+from tests.models.families import GEMMA3
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
 from tests.models.small_gguf import write_small_llama
 from tests.tiny_model import write_tiny_model
@@ -68,6 +71,13 @@ def test_weights_are_normal_and_norms_are_one(config_file: Path, dtype: torch.dt
             slack = 5 * STANDARD_DEVIATION / values.numel() ** 0.5
             assert abs(float(values.mean())) < slack, name
             assert abs(float(values.std()) - STANDARD_DEVIATION) < slack, name
+
+
+def test_norms_that_multiply_by_one_more_than_their_weight_multiply_by_1_too() -> None:
+    model = paged(GEMMA3.tiny("two bases")).model
+    fill_random(model, seed=0)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 2 * 6 + 1 and all((norm.weight == 0.0).all() for norm in norms)
 
 
 def test_the_same_configuration_gives_the_same_weights(config_file: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaConfig
 
 from graphllm.errors import CheckpointError
-from graphllm.layers.rotary import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
-from graphllm.models.config import ModelConfig
+from graphllm.layers.norm import NormConfig
+from graphllm.layers.rotary import LinearRopeScaling, Llama3RopeScaling, RotaryConfig, YarnRopeScaling
+from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.registry import find_family, read_model_config
 from tests.models.memory_checkpoint import MemoryCheckpoint
 
@@ -66,6 +67,13 @@ def without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in SMOLLM2.items() if key not in keys}
 
 
+def rotary_of(config: ModelConfig) -> RotaryConfig:
+    """The rotary of a model whose layers are all alike."""
+    (layer,) = set(config.layers)
+    assert layer.rotary is not None
+    return layer.rotary
+
+
 def refusal(values: dict[str, Any]) -> str:
     with pytest.raises(CheckpointError) as caught:
         read(values)
@@ -78,18 +86,13 @@ def test_demo_model_is_read_in_full() -> None:
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_layers=30,
+        layers=30 * (LayerConfig(rotary=RotaryConfig(rotary_dim=64, theta=100000.0)),),
         num_heads=9,
         num_kv_heads=3,
         head_dim=64,
         max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=100000.0,
-        rope_scaling=None,
+        norm=NormConfig(eps=1e-5),
         attention_scale=0.125,
-        attention_bias=False,
-        attention_output_bias=False,
-        mlp_bias=False,
         activation="silu",
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
@@ -104,7 +107,8 @@ def test_whatever_transformers_writes_is_understood(use_diff: bool) -> None:
 
     written = json.loads(LlamaConfig(head_dim=64).to_json_string(use_diff=use_diff))
     config = read(written | {"architectures": ["LlamaForCausalLM"]})
-    assert (config.head_dim, config.rope_theta, config.rope_scaling) == (64, 10000.0, None)
+    assert config.head_dim == 64
+    assert rotary_of(config) == RotaryConfig(rotary_dim=64, theta=10000.0)
 
 
 def test_both_generations_of_rotary_settings_mean_the_same() -> None:
@@ -116,33 +120,33 @@ def test_both_generations_of_rotary_settings_mean_the_same() -> None:
         | {"rope_parameters": {"full_attention": flat}, "layer_types": ["full_attention"] * 30}
     )
     assert older == newer == by_layer_type
-    assert older.rope_theta == 500000.0
-    assert older.rope_scaling == Llama3RopeScaling(
+    assert rotary_of(older).theta == 500000.0
+    assert rotary_of(older).scaling == Llama3RopeScaling(
         factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
 
 
 def test_oldest_spelling_of_the_rotary_type_is_read() -> None:
     scaling = {"type": "linear", "factor": 4.0}
-    assert read(changed(rope_scaling=scaling)).rope_scaling == LinearRopeScaling(4.0)
+    assert rotary_of(read(changed(rope_scaling=scaling))).scaling == LinearRopeScaling(4.0)
 
 
 def test_rotary_base_defaults_to_ten_thousand() -> None:
-    assert read(without("rope_theta")).rope_theta == 10000.0
+    assert rotary_of(read(without("rope_theta"))).theta == 10000.0
 
 
 def test_yarn_defaults_are_the_papers() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
-    config = read(changed(rope_scaling=scaling))
-    assert isinstance(config.rope_scaling, YarnRopeScaling)
-    assert config.rope_scaling.attention_factor == pytest.approx(1.1386294)
-    assert (config.rope_scaling.beta_fast, config.rope_scaling.beta_slow) == (32.0, 1.0)
+    yarn = rotary_of(read(changed(rope_scaling=scaling))).scaling
+    assert isinstance(yarn, YarnRopeScaling)
+    assert yarn.attention_factor == pytest.approx(1.1386294)
+    assert (yarn.beta_fast, yarn.beta_slow) == (32.0, 1.0)
 
 
 def test_original_context_outside_the_rotary_settings_has_the_last_word() -> None:
-    config = read(changed(rope_scaling=LLAMA3, original_max_position_embeddings=4096))
-    assert isinstance(config.rope_scaling, Llama3RopeScaling)
-    assert config.rope_scaling.original_max_position_embeddings == 4096
+    scaling = rotary_of(read(changed(rope_scaling=LLAMA3, original_max_position_embeddings=4096))).scaling
+    assert isinstance(scaling, Llama3RopeScaling)
+    assert scaling.original_max_position_embeddings == 4096
 
 
 def test_defaults_follow_from_the_other_sizes() -> None:
@@ -185,7 +189,9 @@ def test_format_of_the_weights_is_read_where_it_is_served(written: str | None, d
         ("per_layer_config", {"0": {"hidden_size": 3}}),
         ("partial_rotary_factor", 0.5),
         ("layer_types", ["full_attention", "sliding_attention"]),
-        ("hidden_act", "relu"),
+        ("layer_types", ["full_attention"]),
+        ("layer_types", ["chunked_attention"] * 30),
+        ("hidden_act", "tanh"),
         ("num_key_value_heads", 2),
         ("head_dim", 63),
         ("hidden_size", 576.5),
@@ -216,8 +222,10 @@ def test_null_is_the_same_as_absent() -> None:
 @pytest.mark.parametrize(
     ("scaling", "key"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type"),
-        ({"rope_type": "longrope", "factor": 2.0}, "rope_type"),
+        ({"rope_type": "dynamic"}, "factor"),
+        ({"rope_type": "longrope", "factor": 2.0}, "short_factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 32}, "short_factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [0.0] * 32}, "long_factor"),
         ({"type": "mrope"}, "rope_type"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "linear", "factor": 0}, "factor"),
@@ -225,21 +233,31 @@ def test_null_is_the_same_as_absent() -> None:
         ({"rope_type": "default", "factor": 2.0}, "factor"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor"),
         (LLAMA3 | {"low_freq_factor": None}, "low_freq_factor"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
         ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
     ],
 )
 def test_rotary_setting_that_cannot_be_honoured_is_named(scaling: dict[str, Any], key: str) -> None:
     assert f"'rope_scaling.{key}'" in refusal(changed(rope_scaling=scaling))
 
 
-def test_rotary_settings_that_differ_by_layer_type_are_refused() -> None:
+def test_rotary_settings_of_a_layer_type_that_no_layer_has_are_of_no_effect() -> None:
     parameters = {
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
+    assert rotary_of(read(without("rope_theta") | {"rope_parameters": parameters})).theta == 1e6
+
+
+def test_rotary_settings_that_leave_out_a_layer_type_are_refused() -> None:
+    parameters = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     message = refusal(without("rope_theta") | {"rope_parameters": parameters})
-    assert "'rope_parameters.sliding_attention'" in message
+    assert "'rope_parameters.full_attention'" in message
+
+
+def test_a_dynamic_base_is_the_base_within_the_trained_context() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    assert rotary_of(read(changed(rope_scaling=scaling))).scaling is None
 
 
 def test_two_generations_that_contradict_each_other_are_refused() -> None:

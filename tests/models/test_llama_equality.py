@@ -12,7 +12,6 @@ import torch
 import graphllm.layers.attention
 from graphllm.attention.paged import PagedAttention
 from graphllm.kernels.linear import linear_openblas, linear_ref
-from graphllm.layers.rotary import Llama3RopeScaling, YarnRopeScaling
 from graphllm.models.checkpoint import open_checkpoint
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder, DecoderLayer
@@ -23,11 +22,15 @@ from tests.models.equality import (
     TOLERANCE,
     ConfigMutation,
     WeightMutation,
+    assert_equal_in_a_mixed_batch,
     assert_equal_in_every_split,
+    change,
     error,
     neutral_norm,
+    norm,
     paged,
     prompt,
+    rotary,
     theirs,
 )
 from tests.models.memory_checkpoint import as_checkpoint, tiny_llama
@@ -91,21 +94,7 @@ def test_prefill_chunks_and_decode_equal_transformers(variant: str) -> None:
 @pytest.mark.parametrize("product", [linear_ref, linear_openblas])
 @pytest.mark.parametrize("variant", ["grouped queries", "all at once"])
 def test_batch_of_mixed_lengths_equals_transformers(variant: str, product: Any) -> None:
-    model = tiny_llama(**VARIANTS[variant])
-    ours = paged(model, product=product)
-    # Contexts of 1, block - 1, block and block + 1 tokens before the step, some of them then prefilled on.
-    prompts = [prompt(length, seed=length) for length in (1, 3, 4, 5, 60, 9, 30)]
-    for slot, token_ids in enumerate(prompts[:5]):
-        ours.step([(slot, token_ids)])
-    rows = [(slot, prompt(1, seed=50 + slot)) for slot in (3, 0, 4, 1)]
-    rows += [(2, prompt(6, seed=60)), (5, prompts[5]), (6, prompts[6])]
-    logits = ours.step(rows, num_decode_rows=4)
-    start = 0
-    for slot, token_ids in rows:
-        earlier = prompts[slot] if slot < 5 else []
-        expected = theirs(model, earlier + token_ids)[len(earlier) :]
-        assert error(logits[start : start + len(token_ids)], expected) < TOLERANCE, f"slot {slot}"
-        start += len(token_ids)
+    assert_equal_in_a_mixed_batch(tiny_llama(**VARIANTS[variant]), product=product)
 
 
 def test_saved_folder_gives_the_logits_of_the_model_that_was_saved(tmp_path: Path) -> None:
@@ -145,45 +134,36 @@ def mutated_error(variant: str, **mutations: Any) -> float:
     return equality.mutated_error(tiny_llama(**VARIANTS[variant]), **mutations)
 
 
-def llama3(**changes: Any) -> ConfigMutation:
+def scaling(**changes: Any) -> ConfigMutation:
+    """Other numbers in the way the frequencies are stretched."""
+
     def mutate(config: ModelConfig) -> ModelConfig:
-        assert isinstance(config.rope_scaling, Llama3RopeScaling)
-        return replace(config, rope_scaling=replace(config.rope_scaling, **changes))
+        (layer,) = set(config.layers)
+        assert layer.rotary is not None and layer.rotary.scaling is not None
+        return rotary(scaling=replace(layer.rotary.scaling, **changes))(config)
 
     return mutate
-
-
-def yarn(**changes: Any) -> ConfigMutation:
-    def mutate(config: ModelConfig) -> ModelConfig:
-        assert isinstance(config.rope_scaling, YarnRopeScaling)
-        return replace(config, rope_scaling=replace(config.rope_scaling, **changes))
-
-    return mutate
-
-
-def change(**changes: Any) -> ConfigMutation:
-    return lambda config: replace(config, **changes)
 
 
 CONFIG_MUTANTS: dict[str, tuple[str, ConfigMutation]] = {
-    "rotary base": ("another base", change(rope_theta=10000.0)),
-    "linear rotary": ("linear rotary", change(rope_scaling=None)),
-    "llama3 rotary": ("llama3 rotary", change(rope_scaling=None)),
-    "llama3 factor": ("llama3 rotary", llama3(factor=4.0)),
-    "llama3 low frequency factor": ("llama3 rotary", llama3(low_freq_factor=2.0)),
-    "llama3 high frequency factor": ("llama3 rotary", llama3(high_freq_factor=8.0)),
-    "llama3 original context": ("llama3 rotary", llama3(original_max_position_embeddings=512)),
-    "yarn rotary": ("yarn rotary", change(rope_scaling=None)),
-    "yarn factor": ("yarn rotary", yarn(factor=4.0)),
-    "yarn attention factor": ("yarn rotary", yarn(attention_factor=1.0)),
-    "yarn attention factor, given": ("yarn rotary, all parameters", yarn(attention_factor=1.208)),
-    "yarn beta_fast": ("yarn rotary, all parameters", yarn(beta_fast=32.0)),
-    "yarn beta_slow": ("yarn rotary, all parameters", yarn(beta_slow=1.0)),
-    "yarn truncate": ("yarn rotary, all parameters", yarn(truncate=True)),
-    "yarn original context": ("yarn rotary", yarn(original_max_position_embeddings=512)),
+    "rotary base": ("another base", rotary(theta=10000.0)),
+    "linear rotary": ("linear rotary", rotary(scaling=None)),
+    "llama3 rotary": ("llama3 rotary", rotary(scaling=None)),
+    "llama3 factor": ("llama3 rotary", scaling(factor=4.0)),
+    "llama3 low frequency factor": ("llama3 rotary", scaling(low_freq_factor=2.0)),
+    "llama3 high frequency factor": ("llama3 rotary", scaling(high_freq_factor=8.0)),
+    "llama3 original context": ("llama3 rotary", scaling(original_max_position_embeddings=512)),
+    "yarn rotary": ("yarn rotary", rotary(scaling=None)),
+    "yarn factor": ("yarn rotary", scaling(factor=4.0)),
+    "yarn attention factor": ("yarn rotary", scaling(attention_factor=1.0)),
+    "yarn attention factor, given": ("yarn rotary, all parameters", scaling(attention_factor=1.208)),
+    "yarn beta_fast": ("yarn rotary, all parameters", scaling(beta_fast=32.0)),
+    "yarn beta_slow": ("yarn rotary, all parameters", scaling(beta_slow=1.0)),
+    "yarn truncate": ("yarn rotary, all parameters", scaling(truncate=True)),
+    "yarn original context": ("yarn rotary", scaling(original_max_position_embeddings=512)),
     "scale of heads that do not fill the hidden size": ("small heads", change(attention_scale=12**-0.5)),
-    "norm epsilon": ("grouped queries", change(rms_norm_eps=1e-6)),
-    "small norm epsilon": ("another norm epsilon", change(rms_norm_eps=1e-2)),
+    "norm epsilon": ("grouped queries", norm(eps=1e-6)),
+    "small norm epsilon": ("another norm epsilon", norm(eps=1e-2)),
     "activation": ("grouped queries", change(activation="gelu")),
     "gelu": ("gelu", change(activation="silu")),
     "the two kinds of gelu": ("gelu by tanh", change(activation="gelu")),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from graphllm.errors import CheckpointError
+from graphllm.layers.attention import QKNormConfig
+from graphllm.layers.norm import NormConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.registry import find_family, read_model_config
 from tests.models.equality import (
@@ -46,7 +48,7 @@ def test_prefill_chunks_and_decode_equal_transformers(variant: str) -> None:
 def test_a_decoder_that_ignores_qk_norm_fails() -> None:
     model = tiny_qwen3()
     assert mutated_error(model) < TOLERANCE, "without the mutation it passes"
-    assert mutated_error(model, config=lambda config: replace(config, qk_norm=False)) > TOLERANCE
+    assert mutated_error(model, config=lambda config: replace(config, qk_norm=None)) > TOLERANCE
 
 
 def swapped_query_and_key_norm(model: Decoder) -> None:
@@ -87,7 +89,8 @@ def test_configuration_is_read_as_published() -> None:
     config = read(
         use_sliding_window=False, sliding_window=4096, max_window_layers=2, torch_dtype="bfloat16", dtype=None
     )
-    assert (config.qk_norm, config.head_dim, config.dtype) == (True, 16, torch.bfloat16)
+    assert (config.head_dim, config.dtype) == (16, torch.bfloat16)
+    assert config.qk_norm == QKNormConfig(norm=NormConfig(eps=1e-2))
     assert not (config.attention_bias or config.attention_output_bias or config.mlp_bias)
 
 
@@ -101,11 +104,11 @@ def test_one_switch_is_the_bias_of_all_four_projections() -> None:
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"use_sliding_window": True, "sliding_window": 128}, "'use_sliding_window' is true"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'use_sliding_window' denies"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "'layer_types'"),
         ({"head_dim": None}, "'head_dim' is missing"),
         ({"num_key_value_heads": None}, "'num_key_value_heads' is missing"),
-        ({"mlp_bias": True}, "'mlp_bias' .* is not understood"),
+        ({"mlp_bias": True}, "'mlp_bias' is True, which is not supported"),
     ],
 )
 def test_what_would_be_another_model_is_refused(keys: dict[str, Any], complaint: str) -> None:

@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.1, SmolLM2 and what else is built like them (Touvron et al., 2023, arXiv:2307.09288)."""
+"""Llama 1 to 3.3, SmolLM2, Yi and what else is built like them (Touvron et al., 2023, arXiv:2307.09288)."""
 
 from __future__ import annotations
 

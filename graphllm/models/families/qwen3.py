@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from graphllm.layers.attention import QKNormConfig
 from graphllm.models.config import ModelConfig
 from graphllm.models.families.llama import LLAMA
+from graphllm.models.families.qwen2 import read_windowed_layers
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 from graphllm.models.hf_decoder import read_decoder_config
@@ -11,21 +15,17 @@ from graphllm.models.hf_decoder import read_decoder_config
 
 def read_config(config: HFConfig) -> ModelConfig:
     """One switch covers the biases of all four attention projections; there are no others."""
-    if config.flag("use_sliding_window", default=False):
-        config.refuse("use_sliding_window", "is true, which is not supported")
-    for key in ("sliding_window", "max_window_layers"):
-        config.get(key)  # of no effect without use_sliding_window
     # transformers' own defaults for these two are those of one size of the family: never guessed.
     for key in ("head_dim", "num_key_value_heads"):
         config.positive_int(key)
     attention_bias = config.flag("attention_bias", default=False)
-    return read_decoder_config(
+    base = read_decoder_config(
         config,
         attention_bias=attention_bias,
         attention_output_bias=attention_bias,
-        mlp_bias=False,
-        qk_norm=True,
+        layer_types=read_windowed_layers(config),
     )
+    return replace(base, qk_norm=QKNormConfig(norm=base.norm))
 
 
 QWEN3 = Family(

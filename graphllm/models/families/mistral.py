@@ -1,0 +1,25 @@
+"""Mistral and Ministral (Jiang et al., 2023, arXiv:2310.06825): Llama, in places with a sliding window."""
+
+from __future__ import annotations
+
+from graphllm.models.config import ModelConfig
+from graphllm.models.families.llama import LLAMA
+from graphllm.models.family import Family
+from graphllm.models.hf_config import HFConfig
+from graphllm.models.hf_decoder import read_decoder_config, read_layer_types, same_layer_types
+from graphllm.models.hf_rope import FULL, SLIDING
+
+
+def read_config(config: HFConfig) -> ModelConfig:
+    """Without `layer_types`, a window is every layer's."""
+    has_window = config.get("sliding_window") is not None
+    every_layer = same_layer_types(config, SLIDING if has_window else FULL)
+    return read_decoder_config(config, layer_types=read_layer_types(config, default=every_layer))
+
+
+MISTRAL = Family(
+    architectures=("MistralForCausalLM", "MinistralForCausalLM"),
+    read_config=read_config,
+    weight_names=LLAMA.weight_names,
+    ignored_weights=LLAMA.ignored_weights,
+)
