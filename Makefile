@@ -12,6 +12,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# LlamaIndex wants an older openai package than the one that the other tests drive.
+LLAMA_INDEX := $(VENV)/llama-index
+LLAMA_INDEX_PINS := tests/e2e/llama_index_requirements.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -48,6 +51,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --quiet -c $(VENV)/constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch $(STAMP)
 
+$(LLAMA_INDEX)/.installed: $(LLAMA_INDEX_PINS) | $(STAMP)
+	@echo "Installing LlamaIndex beside it, for one of the tests"
+	@$(PYTHON) -m venv --clear $(LLAMA_INDEX)
+	@$(LLAMA_INDEX)/bin/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps \
+	  -r $(LLAMA_INDEX_PINS)
+	@touch $@
+
 # exec: Ctrl-C reaches the server, which drains and exits with 0 (make itself then reports 130).
 serve: setup
 	@exec $(BIN)/python -m graphllm --model "$(MODEL)" --port "$(PORT)" $(ARGS)
@@ -56,7 +66,7 @@ serve: setup
 # with two workers each and a thread a worker: side by side, the shorter would leave a core idle.
 # A file's tests stay together in the plain suite and share its fixtures; the kernels' tests share nothing.
 # ARGS may choose tests of one suite only (exit 5: none selected), but not of neither.
-test: setup
+test: setup $(LLAMA_INDEX)/.installed
 	@counts=$$(mktemp); trap 'rm -f "$$counts"' EXIT; trap 'exit 130' INT; failed=0; empty=0; \
 	suite() { \
 	  env OMP_NUM_THREADS=1 GRAPHLLM_TEST_COUNTS="$$counts" "$$@" || \

@@ -53,7 +53,7 @@ def graphllm_server(arguments: Sequence[str], *, ready_timeout: float) -> Iterat
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            while not _is_healthy(url):
+            while not _is_ready(url):
                 if process.poll() is not None or time.perf_counter() - start > ready_timeout:
                     raise ProcessError(f"the server did not become ready:\n{_tail(log)}")
                 time.sleep(0.02)
@@ -111,10 +111,10 @@ class JsonLineProcess:
         return json.loads(line)
 
 
-def _is_healthy(url: str) -> bool:
+def _is_ready(url: str) -> bool:
     async def ask() -> None:
         async with asyncio.timeout(5):
-            await get_json(Endpoint.parse(url, "/health"))
+            await get_json(Endpoint.parse(url, "/ready"))
 
     try:
         asyncio.run(ask())

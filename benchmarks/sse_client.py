@@ -177,7 +177,10 @@ def sse_events(pieces: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, b
 
 
 def read_completion(exchange: Exchange) -> Completion:
-    """What a finished exchange of a streamed chat says. Raises LoadError for anything but a whole answer."""
+    """What a finished exchange of a streamed chat or completion says.
+
+    Raises LoadError for anything but a whole answer.
+    """
     if exchange.status != 200:
         raise LoadError(f"HTTP {exchange.status}: {exchange.body[:300].decode(errors='replace')}")
     token_times: list[float] = []
@@ -194,7 +197,10 @@ def read_completion(exchange: Exchange) -> Completion:
         if "error" in event:
             raise LoadError(f"the stream broke off: {event['error']}")
         usage = event.get("usage") or usage
-        text = "".join((choice.get("delta") or {}).get("content") or "" for choice in event["choices"])
+        text = "".join(
+            (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+            for choice in event["choices"]
+        )
         if text:
             token_times.append(when)
             texts.append(text)

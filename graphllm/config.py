@@ -65,6 +65,66 @@ _CARD_CAPABILITY = {
     "rtx-5090": (12, 0),
 }
 _UNKNOWN_CARD_CAPABILITY = (8, 9)
+
+# The names of output_formats, which lies on a higher floor; a test holds both together.
+TOOL_CALL_PARSERS = (
+    "auto",
+    "deepseek",
+    "deepseek_v3",
+    "deepseek_v31",
+    "generic",
+    "glm",
+    "glm45",
+    "glm47",
+    "gpt-oss",
+    "gpt_oss",
+    "granite",
+    "hermes",
+    "hunyuan_a13b",
+    "jamba",
+    "kimi",
+    "kimi_k2",
+    "lfm2",
+    "llama3",
+    "llama3_json",
+    "llama4_json",
+    "llama4_pythonic",
+    "minimax_m2",
+    "mistral",
+    "mistral_named",
+    "nemotron",
+    "nemotron_json",
+    "olmo3",
+    "openai",
+    "phi4_mini",
+    "phi4_mini_json",
+    "pythonic",
+    "qwen",
+    "qwen25",
+    "qwen3_coder",
+    "qwen3_xml",
+    "seed_oss",
+)
+REASONING_PARSERS = (
+    "auto",
+    "deepseek_r1",
+    "deepseek_v3",
+    "ernie45",
+    "glm",
+    "glm45",
+    "granite",
+    "hunyuan_a13b",
+    "kimi",
+    "kimi_k2",
+    "minimax_m2",
+    "mistral",
+    "none",
+    "olmo3",
+    "qwen3",
+    "seed_oss",
+    "step3",
+    "think",
+)
 _SMALLEST_CARD_BYTES = 1024**3
 
 
@@ -139,9 +199,18 @@ class EngineConfig:
 
     model: str = option(
         DEMO_MODEL,
-        "A folder in Hugging Face layout, a .gguf file, or 'demo' (SmolLM2-135M-Instruct, fetched once); "
+        "A folder in Hugging Face layout, a .gguf file, a repository on the Hugging Face Hub (org/name, "
+        "org/name@revision, org/name:file.gguf), or 'demo' (SmolLM2-135M-Instruct, fetched once); "
         "with --load-format dummy also a config.json, by whatever name.",
-        metavar="PATH",
+        metavar="MODEL",
+    )
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of a Hub repository; by default main. All files are of the one commit that "
+        "it names at the start.",
+    )
+    gguf_file: str | None = option(
+        None, "Which GGUF file of a Hub repository or folder to serve.", metavar="FILE"
     )
     load_format: str = option(
         "auto",
@@ -290,6 +359,32 @@ class ServerConfig:
     served_model_name: str | None = option(None, "The model's id in the API; by default the --model value.")
     api_key: str | None = option(None, "Require this bearer token on /v1 and /admin routes.")
     max_body_bytes: int = option(32 * 1024**2, "Largest request body.", parse=parse_bytes, metavar="BYTES")
+    tool_call_parser: str = option(
+        "auto",
+        "How the model writes tool calls; auto guesses from its chat template and vocabulary.",
+        choices=TOOL_CALL_PARSERS,
+        metavar="NAME",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model sets its reasoning apart; auto guesses, none leaves it in the text.",
+        choices=REASONING_PARSERS,
+        metavar="NAME",
+    )
+    lenient: bool = option(
+        False,
+        "Drop request fields that no API knows, with a warning in the answer, instead of refusing them.",
+    )
+    max_stored_responses: int = option(
+        1024, "Most responses of /v1/responses that are kept to be retrieved or continued; 0 keeps none."
+    )
+    response_store_size: int = option(
+        256 * 1024**2,
+        "Memory for stored responses; the oldest make room for new ones.",
+        parse=parse_bytes,
+        metavar="BYTES",
+    )
+    response_ttl: float = option(30 * 86400.0, "Seconds that a stored response is kept at most.")
     drain_timeout: float = option(30.0, "Seconds that running requests may take to end after Ctrl-C.")
     log_level: str = option("info", "How much is logged.", choices=("debug", "info", "warning", "error"))
 
@@ -297,6 +392,13 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be between 0 and 65535, not {self.port}.")
         _check_positive("max_body_bytes", self.max_body_bytes)
+        _check_positive("response_store_size", self.response_store_size)
+        if self.max_stored_responses < 0:
+            raise ConfigError(f"--max-stored-responses must be at least 0, not {self.max_stored_responses}.")
+        if not 0 < self.response_ttl < math.inf:
+            raise ConfigError(
+                f"--response-ttl must be a number of seconds above 0, not {self.response_ttl:g}."
+            )
         if not 0 <= self.drain_timeout < math.inf:
             raise ConfigError(f"--drain-timeout must be a number of seconds, not {self.drain_timeout}.")
 

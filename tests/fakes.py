@@ -19,6 +19,8 @@ class Submitted:
     params: SamplingParams
     sink: Sink
     cache_salt: str | None = None
+    priority: int = 0
+    pooling: bool = False
 
 
 @dataclass(slots=True)
@@ -46,10 +48,14 @@ class FakeEngine:
         params: SamplingParams,
         sink: Sink,
         cache_salt: str | None = None,
+        priority: int = 0,
+        pooling: bool = False,
     ) -> None:
         if self.refusal is not None and len(self.submitted) == self.refuse_at:
             raise self.refusal
-        self.submitted.append(Submitted(request_id, prompt_token_ids, params, sink, cache_salt))
+        self.submitted.append(
+            Submitted(request_id, prompt_token_ids, params, sink, cache_salt, priority, pooling)
+        )
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -69,9 +75,11 @@ class FakeTokenizer:
         self.vocab_size = len(tokens)
         self.special_token_ids = special
 
-    def encode(self, text: str, *, max_tokens: int, param: str) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None, param: str = ""
+    ) -> list[int]:
         time.sleep(self._seconds_per_text)
-        if len(text) > max_tokens:
+        if max_tokens is not None and len(text) > max_tokens:
             raise ContextLengthError(f"{len(text)} are more than {max_tokens}", param=param)
         return [1] * len(text)
 

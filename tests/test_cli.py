@@ -18,6 +18,8 @@ from graphllm.errors import CheckpointError, ConfigError
 FIELDS = [(config, field) for config in (EngineConfig, ServerConfig) for field in dataclasses.fields(config)]
 # A value other than the default, for every field; a new field has to be added here.
 OTHER_VALUES = {
+    "tool_call_parser": ("hermes", "hermes"),
+    "reasoning_parser": ("none", "none"),
     "api_key": ("secret", "secret"),
     "block_size": ("32", 32),
     "cpu_threads": ("3", 3),
@@ -37,9 +39,12 @@ OTHER_VALUES = {
     "max_num_batched_tokens": ("128", 128),
     "max_num_seqs": ("8", 8),
     "max_pinned_share": ("0.5", 0.5),
+    "max_stored_responses": ("0", 0),
     "model": ("some/folder", "some/folder"),
     "pin_prefix": ("prompt.txt", ("prompt.txt",)),
     "port": ("0", 0),
+    "response_store_size": ("10MB", 10_000_000),
+    "response_ttl": ("60", 60.0),
     "seed": ("-7", -7),
     "served_model_name": ("org/name", "org/name"),
     "swap_space": ("2", 2.0),

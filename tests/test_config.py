@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,22 @@ def test_a_port_in_range_is_kept(port: int) -> None:
 def test_a_body_limit_below_one_byte_is_refused() -> None:
     with pytest.raises(ConfigError, match="--max-body-bytes must be at least 1, not 0"):
         ServerConfig(max_body_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_stored_responses": -1}, "--max-stored-responses must be at least 0, not -1"),
+        ({"response_store_size": 0}, "--response-store-size must be at least 1, not 0"),
+        ({"response_ttl": 0.0}, "--response-ttl must be a number of seconds above 0, not 0"),
+        ({"response_ttl": float("nan")}, "--response-ttl must be a number of seconds above 0, not nan"),
+    ],
+)
+def test_bounds_of_the_response_store_that_cannot_be_are_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig(**fields)
 
 
 def test_optional_limits_may_stay_open() -> None:

@@ -18,6 +18,7 @@ import logging
 import signal
 import sys
 
+import msgspec
 import uvloop
 
 from graphllm import __version__
@@ -25,14 +26,27 @@ from graphllm.config import EngineConfig, ServerConfig
 from graphllm.engine.engine import Engine
 from graphllm.errors import AuthenticationError, GraphLLMError, StartupError
 from graphllm.log import configure_logging
+from graphllm.server.admin.prefixes import PinRequest, PrefixRoutes
+from graphllm.server.anthropic.errors import is_anthropic, speak_anthropic
+from graphllm.server.anthropic.protocol import CountTokensRequest, MessagesRequest
+from graphllm.server.anthropic.routes import Messages
 from graphllm.server.error_responses import send_error
+from graphllm.server.generation.served_model import ServedModel
 from graphllm.server.health import HealthRoutes, HttpCollector
 from graphllm.server.http import HttpLimits, HttpServer, Request, Response
 from graphllm.server.openai.chat_completions import ChatCompletions
+from graphllm.server.openai.chat_protocol import ChatCompletionRequest
+from graphllm.server.openai.completion_protocol import CompletionRequest
 from graphllm.server.openai.completions import Completions
+from graphllm.server.openai.embeddings import EmbeddingRequest, Embeddings
 from graphllm.server.openai.models import ModelRoutes
-from graphllm.server.openai.pinned_prefixes import PrefixRoutes
-from graphllm.server.openai.served_model import ServedModel
+from graphllm.server.openai.responses.create import CreateResponse
+from graphllm.server.openai.responses.protocol import ResponsesRequest
+from graphllm.server.openai.responses.routes import StoredResponses
+from graphllm.server.openai.responses.store import ResponseStore, StoreLimits
+from graphllm.server.openai.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
+from graphllm.server.openapi import ApiRoute, OpenApiRoute
+from graphllm.server.response import Handler
 from graphllm.server.router import Router
 
 logger = logging.getLogger(__name__)
@@ -44,7 +58,7 @@ EXIT_CUT = 130
 FAILURE_LINGER_SECONDS = 2.0
 # How long last answers may take to reach their clients after the engine has stopped.
 FLUSH_SECONDS = 2.0
-_KEY_ROUTES = ("/v1/", "/admin/")
+_KEY_ROUTES = ("/v1/", "/admin/", "/tokenize", "/detokenize")
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -59,26 +73,74 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 class Application:
     """Answers every request: the route table, the API key, errors."""
 
-    def __init__(self, engine: Engine, *, model_name: str, api_key: str | None) -> None:
-        self.served = ServedModel(engine, model_name)
-        self._api_key = None if api_key is None else api_key.encode()
-        health = HealthRoutes(engine)
-        models = ModelRoutes(self.served)
-        self._router = router = Router()
-        router.add("GET", "/health", health.health)
-        router.add("GET", "/metrics", health.metrics)
-        router.add("GET", "/version", health.version)
-        router.add("GET", "/v1/models", models.list)
-        router.add("GET", "/v1/models/{name:path}", models.retrieve)
-        prefixes = PrefixRoutes(engine)
-        router.add("GET", "/admin/prefixes", prefixes.list_pinned)
-        router.add("POST", "/admin/prefixes", prefixes.pin)
-        router.add("DELETE", "/admin/prefixes/{id:path}", prefixes.unpin)
-        router.add("POST", "/v1/chat/completions", ChatCompletions(self.served).create)
-        router.add("POST", "/v1/completions", Completions(self.served).create)
+    def __init__(self, engine: Engine, config: ServerConfig, *, model_name: str) -> None:
+        self.served = ServedModel(
+            engine,
+            model_name,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+            lenient=config.lenient,
+        )
+        self._api_key = None if config.api_key is None else config.api_key.encode()
+        routes = [*self._plain_routes(engine), *self._generating_routes(config)]
+        document = OpenApiRoute(routes, needs_key=self._api_key is not None)
+        routes.append(ApiRoute("GET", "/openapi.json", document.get, "This document."))
+        self._router = Router()
+        for route in routes:
+            self._router.add(route.method, route.pattern, route.handler)
+
+    def _plain_routes(self, engine: Engine) -> list[ApiRoute]:
+        """What the server says of itself and of the model's tokens, and the operator's routes."""
+        health, models = HealthRoutes(engine), ModelRoutes(self.served)
+        prefixes, tokenization = PrefixRoutes(engine), Tokenization(self.served)
+        one_prefix = "/admin/prefixes/{id:path}"
+        return [
+            ApiRoute("GET", "/health", health.health, "Whether the process is alive."),
+            ApiRoute("GET", "/ready", health.ready, "Whether requests are admitted."),
+            ApiRoute("GET", "/metrics", health.metrics, "Counters and gauges for Prometheus."),
+            ApiRoute("GET", "/version", health.version, "The server's version."),
+            ApiRoute("GET", "/v1/models", models.list, "The model that is served."),
+            ApiRoute("GET", "/v1/models/{name:path}", models.retrieve, "One model by its id."),
+            ApiRoute("POST", "/tokenize", tokenization.tokenize, "Text to token ids.", TokenizeRequest),
+            ApiRoute("POST", "/detokenize", tokenization.detokenize, "Token ids to text.", DetokenizeRequest),
+            ApiRoute("GET", "/admin/prefixes", prefixes.list_pinned, "Prefixes that stay in the KV cache."),
+            ApiRoute("POST", "/admin/prefixes", prefixes.pin, "Compute a prefix and keep it.", PinRequest),
+            ApiRoute("DELETE", one_prefix, prefixes.unpin, "Let a prefix go."),
+        ]
+
+    def _generating_routes(self, config: ServerConfig) -> list[ApiRoute]:
+        """The APIs that use the model."""
+        served = self.served
+        store = ResponseStore(
+            StoreLimits(
+                max_responses=config.max_stored_responses,
+                max_bytes=config.response_store_size,
+                max_age=config.response_ttl,
+            )
+        )
+        chats, completions = ChatCompletions(served).create, Completions(served).create
+        create_response, stored = CreateResponse(served, store).create, StoredResponses(store)
+        messages, embeddings = Messages(served), Embeddings(served).create
+        count, one_response = messages.count_tokens, "/v1/responses/{id}"
+        return [
+            _generating(
+                "/v1/chat/completions", chats, "The assistant's next message.", ChatCompletionRequest
+            ),
+            _generating("/v1/completions", completions, "Continue texts.", CompletionRequest),
+            _generating("/v1/responses", create_response, "A response, which is stored.", ResponsesRequest),
+            ApiRoute("GET", one_response, stored.retrieve, "A stored response, or its events again."),
+            ApiRoute("GET", f"{one_response}/input_items", stored.list_input, "A response's input."),
+            ApiRoute("POST", f"{one_response}/cancel", stored.cancel, "Cancel a background response."),
+            ApiRoute("DELETE", one_response, stored.delete, "Delete a response."),
+            _generating("/v1/messages", messages.create, "Continue a chat.", MessagesRequest),
+            ApiRoute("POST", "/v1/messages/count_tokens", count, "How long a prompt is.", CountTokensRequest),
+            ApiRoute("POST", "/v1/embeddings", embeddings, "A vector for each input.", EmbeddingRequest),
+        ]
 
     def handle(self, request: Request, response: Response) -> None:
         """Answer, or begin to. Other exceptions than these are answered by the connection, as a 500."""
+        if is_anthropic(request.path):
+            speak_anthropic(response)
         try:
             self._authorize(request)
             self._router(request, response)
@@ -89,10 +151,16 @@ class Application:
         if self._api_key is None or not request.path.startswith(_KEY_ROUTES):
             return
         scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
-        is_bearer = scheme.lower() == "bearer"
+        given = (token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip()
         # Compared in constant time, so that the time of a refusal tells nothing of the key.
-        if not hmac.compare_digest(token.strip().encode(), self._api_key) or not is_bearer:
-            raise AuthenticationError("A valid API key is needed: send 'Authorization: Bearer <key>'.")
+        if not hmac.compare_digest(given.encode(), self._api_key):
+            raise AuthenticationError(
+                "A valid API key is needed: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'."
+            )
+
+
+def _generating(pattern: str, handler: Handler, summary: str, body: type[msgspec.Struct]) -> ApiRoute:
+    return ApiRoute("POST", pattern, handler, summary, body, is_streamed=True)
 
 
 class ServingProcess:
@@ -116,7 +184,7 @@ class ServingProcess:
             # Requests under another key, should there be several one day, share no prefixes.
             engine.default_cache_salt = hashlib.sha256(self._config.api_key.encode()).hexdigest()
         name = self._config.served_model_name or self._engine_config.model
-        self.application = Application(engine, model_name=name, api_key=self._config.api_key)
+        self.application = Application(engine, self._config, model_name=name)
         self.http_server = HttpServer(
             self.application.handle, limits=HttpLimits(max_body_bytes=self._config.max_body_bytes)
         )

@@ -1,4 +1,4 @@
-"""GET /health, /metrics and /version: for load balancers, Prometheus and people."""
+"""GET /health, /ready, /metrics and /version: for load balancers, Prometheus and people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from graphllm import __version__
-from graphllm.engine.engine import Engine
+from graphllm.engine.engine import Engine, EngineState
 from graphllm.engine.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from graphllm.errors import EngineUnavailableError
 from graphllm.server.http import HttpCounters, Request, Response
@@ -22,15 +22,29 @@ class HealthRoutes:
         self._engine = engine
 
     def health(self, request: Request, response: Response) -> None:
-        """200 only while the engine can serve; otherwise 503 with its state and the reason."""
+        """Alive: 200 while the process is worth keeping (loading, ready, draining), 503 when it failed."""
+        state = self._engine.state
+        body = {"status": "ok" if state is EngineState.READY else state.value}
         status = 200
-        body: dict[str, str] = {"status": "ok"}
+        if state in (EngineState.FAILED, EngineState.STOPPED):
+            status, body["reason"] = 503, self._reason()
+        response.send(status, orjson.dumps(body), content_type="application/json")
+
+    def ready(self, request: Request, response: Response) -> None:
+        """200 only while requests are admitted; otherwise 503 with the state and the reason."""
+        state = self._engine.state
+        if state is EngineState.READY:
+            response.send(200, orjson.dumps({"status": "ready"}), content_type="application/json")
+            return
+        body = orjson.dumps({"status": state.value, "reason": self._reason()})
+        response.send(503, body, content_type="application/json")
+
+    def _reason(self) -> str:
         try:
             self._engine.check_ready()
         except EngineUnavailableError as error:
-            status = error.status
-            body = {"status": self._engine.state.value, "reason": error.message}
-        response.send(status, orjson.dumps(body), content_type="application/json")
+            return error.message
+        return ""
 
     def metrics(self, request: Request, response: Response) -> None:
         response.send(200, self._engine.metrics.render(), content_type=METRICS_CONTENT_TYPE)

@@ -11,9 +11,9 @@ silent no-ops.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 from graphllm.errors import GraphLLMError
 from graphllm.server.message import Request
@@ -58,9 +58,21 @@ class Response:
 
     It may be kept and written to long after the handler returned. Requests that the client sent
     behind this one wait until it has ended.
+
+    A dialect may set `error_body`, how it writes errors (OpenAI's form unless set), and `extra_headers`,
+    which every answer gets.
     """
 
-    __slots__ = ("_channel", "_is_chunked", "_is_head", "_is_http10", "_keep_alive", "is_started")
+    __slots__ = (
+        "_channel",
+        "_is_chunked",
+        "_is_head",
+        "_is_http10",
+        "_keep_alive",
+        "error_body",
+        "extra_headers",
+        "is_started",
+    )
 
     def __init__(self, channel: Channel, *, method: str, http_version: str, keep_alive: bool) -> None:
         # None once the answer has ended or the client is gone.
@@ -69,6 +81,8 @@ class Response:
         self._is_http10 = http_version == "1.0"
         self._keep_alive = keep_alive
         self._is_chunked = False
+        self.error_body: Callable[[GraphLLMError], Mapping[str, Any]] = GraphLLMError.body
+        self.extra_headers: HeaderPairs = ()
         self.is_started = False
 
     @property
@@ -95,12 +109,12 @@ class Response:
         self._end(keep_alive=keep_alive)
 
     def send_error(self, error: GraphLLMError, *, headers: HeaderPairs = ()) -> None:
-        """The whole answer, in OpenAI's error form. A stream that has begun is cut instead."""
+        """The whole answer, in the dialect's error form. A stream that has begun is cut instead."""
         if self.is_started:
             self.abort_stream()
         else:
             # The standard library's encoder, because it takes any string.
-            self.send(error.status, json.dumps(error.body()).encode(), headers=headers)
+            self.send(error.status, json.dumps(self.error_body(error)).encode(), headers=headers)
 
     def start_stream(self, *, content_type: str, headers: HeaderPairs = (), status: int = 200) -> None:
         """Send the header lines of an answer whose length is not known yet."""
@@ -159,7 +173,9 @@ class Response:
         assert not self.is_started, "an answer begins once"
         self.is_started = True
         lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n"]
-        lines += [f"{name}: {value.translate(_ONE_LINE)}\r\n" for name, value in headers]
+        lines += [
+            f"{name}: {value.translate(_ONE_LINE)}\r\n" for name, value in (*headers, *self.extra_headers)
+        ]
         if not keep_alive:
             lines.append("Connection: close\r\n")
         elif self._is_http10:

@@ -9,6 +9,7 @@ once a request and each event is three pieces put together.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,21 @@ def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_frame(event: str, data: bytes) -> bytes:
+    """One event with a name, for APIs whose clients tell events apart by it. `data` is JSON, in one line."""
+    return b"event: " + event.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON that is safe to put into an event, whatever text a model wrote into it (see `encode_text`)."""
+    try:
+        encoded = orjson.dumps(value)
+    except TypeError:
+        # A lone surrogate, which only ASCII escapes can carry.
+        encoded = json.dumps(value).encode()
+    return encoded if encoded.isascii() else _escape_line_separators(encoded)
+
+
 def encode_text(text: str) -> bytes:
     """`text` as a JSON string, safe to put into an event.
 
@@ -43,8 +59,10 @@ def encode_text(text: str) -> bytes:
         encoded = orjson.dumps(text)
     except TypeError:
         encoded = orjson.dumps(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
-    if text.isascii():
-        return encoded
+    return encoded if text.isascii() else _escape_line_separators(encoded)
+
+
+def _escape_line_separators(encoded: bytes) -> bytes:
     return (
         encoded.replace(b"\xc2\x85", b"\\u0085")
         .replace(b"\xe2\x80\xa8", b"\\u2028")

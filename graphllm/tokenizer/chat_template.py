@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,7 +37,7 @@ class ChatTemplate:
     Raises CheckpointError for a template that is not valid Jinja.
     """
 
-    __slots__ = ("_compiled", "_special_tokens", "source")
+    __slots__ = ("_compiled", "_special_tokens", "source", "sources", "variables")
 
     def __init__(self, templates: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         sources = {"default": templates} if isinstance(templates, str) else dict(templates)
@@ -46,6 +46,12 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self.source = sources.get("default") or "".join(sources.values())
         """The default template's Jinja source."""
+        self.sources: Mapping[str, str] = sources
+        """Every template's Jinja source by its name."""
+        self.variables: frozenset[str] = frozenset().union(
+            *(meta.find_undeclared_variables(environment.parse(source)) for source in sources.values())
+        )
+        """The names that the templates take from outside, those that are always given included."""
 
     def render(
         self,
@@ -144,11 +150,24 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def _compile(environment: ImmutableSandboxedEnvironment, source: str) -> jinja2.Template:
     try:
+        for node in environment.parse(source).find_all(
+            (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+        ):
+            # There is nothing to load them from, itself included: it would fail on every chat.
+            raise CheckpointError(
+                f"The chat template refers to another template, line {node.lineno}; it must stand alone."
+            )
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"
         ) from error
+    except (RecursionError, MemoryError) as error:
+        raise CheckpointError("The chat template is nested too deeply to be compiled.") from error
+    except (
+        SyntaxError
+    ) as error:  # Python's, of the code that Jinja makes of it: 20 nested loops are its limit
+        raise CheckpointError(f"The chat template cannot be compiled: {error.msg}.") from error
 
 
 def _raise_exception(message: Any) -> NoReturn:

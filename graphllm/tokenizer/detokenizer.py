@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from graphllm.errors import InvalidRequestError
 from graphllm.tokenizer.tokenizer import Tokenizer
@@ -97,6 +97,7 @@ class IncrementalDetokenizer:
         "_min_tokens",
         "_num_held",
         "_partial",
+        "_shown_special_token_ids",
         "_state",
         "_stop",
         "_table",
@@ -115,8 +116,12 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool,
         include_stop_str_in_output: bool,
         min_tokens: int = 0,
+        shown_special_token_ids: Set[int] = frozenset(),
     ) -> None:
-        """Raises InvalidRequestError for stop strings that are too long together."""
+        """shown_special_token_ids: those that are text although special tokens are skipped.
+
+        Raises InvalidRequestError for stop strings that are too long together.
+        """
         self._token_bytes = tokenizer.byte_tables
         self._table = self._token_bytes.table(skip_special_tokens=skip_special_tokens)
         table = self._table
@@ -129,6 +134,7 @@ class IncrementalDetokenizer:
         self._state = 0
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
+        self._shown_special_token_ids = shown_special_token_ids
         self._partial = b""  # the beginning of a character
         self._held: deque[str] = deque()
         self._num_held = 0
@@ -156,7 +162,9 @@ class IncrementalDetokenizer:
             self.num_tokens += 1
             token_bytes = self._table[token_id]
             if not token_bytes:
-                continue
+                if token_id not in self._shown_special_token_ids:
+                    continue
+                token_bytes = self._token_bytes.all[token_id]
             if self._at_text_start:
                 self._at_text_start = False
                 token_bytes = self._token_bytes.leading_bytes(token_id)

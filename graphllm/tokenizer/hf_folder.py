@@ -9,6 +9,7 @@ adds end-of-text ids; a template in a file of its own goes before one in tokeniz
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer as Backend
 from graphllm.errors import CheckpointError
 from graphllm.tokenizer.source import TokenizerSource
 
+_MAX_JSON_BYTES = 64 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -73,22 +76,41 @@ def _read_backend(folder: Path) -> Backend:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} if there is no such file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    data = _read_bytes(path, max_bytes=_MAX_JSON_BYTES)
+    if data is None:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file that can be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object.")
     return content
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path) -> str | None:
+    """A template, or None if there is no such file."""
+    data = _read_bytes(path, max_bytes=_MAX_TEMPLATE_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        return None if data is None else data.decode()
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_bytes(path: Path, *, max_bytes: int) -> bytes | None:
+    """A regular file of bounded size, None if there is none; never waits, as a pipe would make it."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file.")
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path}: it is larger than {max_bytes} bytes.")
+    return data
 
 
 def _token_text(value: Any) -> str | None:
@@ -114,6 +136,8 @@ def _add_declared_tokens(backend: Backend, config: Mapping[str, Any], folder: Pa
     for token_id, text, token in by_id:
         if text is None or backend.token_to_id(text) is not None:
             continue
+        if not isinstance(token, dict):
+            raise CheckpointError(f"{path}: added_tokens_decoder is not understood: {text!r} is no object.")
         special = bool(token.get("special"))
         flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word")}
         normalized = bool(token.get("normalized", not special))
@@ -157,17 +181,19 @@ def _configured_eos_ids(folder: Path) -> list[int]:
             raise CheckpointError(
                 f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them."
             )
+        if any(token_id < 0 for token_id in ids):
+            raise CheckpointError(f"{path}: eos_token_id is {value!r}; token ids are not negative.")
         return ids
     return []
 
 
 def _read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     templates = {}
-    default = folder / "chat_template.jinja"
-    if default.is_file():
-        templates["default"] = _read_text(default)
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _read_text(path)
+    paths = {"default": folder / "chat_template.jinja"}
+    paths |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    for name, path in paths.items():
+        if (text := _read_text(path)) is not None:
+            templates[name] = text
     if templates:
         return templates
     for path, content in (

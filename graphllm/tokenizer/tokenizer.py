@@ -44,11 +44,13 @@ class Tokenizer:
 
     vocab_size: one more than the largest token id; the model's own may be larger (padding rows).
     eos_token_ids: tokens that end a generation. special_token_ids: tokens that are no text.
+    added_tokens: ids of the tokens beside the vocabulary proper, special or not, by their text.
     """
 
     __slots__ = (
         "_backend",
         "_token_bytes",
+        "added_tokens",
         "bos_token_id",
         "chat_template",
         "eos_token_ids",
@@ -65,8 +67,10 @@ class Tokenizer:
         self.vocab_size: int = max(spellings, default=-1) + 1
         self.bos_token_id: int | None = source.bos_token_id
         self.eos_token_ids: frozenset[int] = source.eos_token_ids
+        added = backend.get_added_tokens_decoder()
+        self.added_tokens: Mapping[str, int] = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+            token_id for token_id, token in added.items() if token.special
         )
         self.chat_template: ChatTemplate | None = (
             ChatTemplate(source.chat_templates, source.special_tokens) if source.chat_templates else None

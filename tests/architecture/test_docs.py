@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.source_tree import REPOSITORY, read_package
-from tools import update_readme_flags
+from tools import update_api_fields, update_readme_flags
 
 STRUCTURE = REPOSITORY / "docs" / "structure.md"
 README = REPOSITORY / "README.md"
@@ -44,6 +44,10 @@ def test_structure_has_a_line_for_each_module_and_no_other() -> None:
 def test_flags_in_the_readme_are_current() -> None:
     readme = README.read_text(encoding="utf-8")
     assert update_readme_flags.with_current_flags(readme) == readme
+
+
+def test_the_page_of_request_fields_is_current() -> None:
+    assert update_api_fields.PAGE.read_text(encoding="utf-8") == update_api_fields.page()
 
 
 def test_an_outdated_table_of_flags_is_noticed() -> None:

@@ -70,7 +70,7 @@ CALLS = {
 MAKERS = {"as_tensor", "tensor"}
 NUMBERS = {"bool", "float", "int"}
 # Files whose copies go between host and device, so each must say that nobody waits for it.
-COPYING_FILES = {"graphllm/runner/staging.py"}
+COPYING_FILES = {"graphllm/runner/staging.py", "graphllm/runner/step_reports.py"}
 
 # (file, function) -> what it may do, and why. Only what touches host memory, or is no part of a steady step.
 ALLOWED = {
@@ -85,9 +85,13 @@ ALLOWED = {
     # Pinned memory that the step's own copy has filled: its event was asked first.
     ("graphllm/runner/model_runner.py", "StepHandle.result"): {"tolist"},
     ("graphllm/runner/model_runner.py", "_token_logprob"): {"float", "int", "tolist"},
+    ("graphllm/runner/step_reports.py", "read_scores"): {"numpy"},
+    ("graphllm/runner/step_reports.py", "read_embeddings"): {"numpy"},
     # Pinned memory that is written before it is uploaded.
+    ("graphllm/runner/model_runner.py", "StepHandle._open_rows"): {"numpy"},
     ("graphllm/runner/staging.py", "_HostTable.write"): {"numpy"},
     ("graphllm/runner/staging.py", "StagingRing.stage_subset"): {"numpy"},
+    ("graphllm/runner/step_reports.py", "stage_spans"): {"numpy"},
     ("graphllm/runner/staging.py", "StagingRing._stage_rows"): {"numpy"},
     # Not a tensor's `to` but `_HostTable.to`, which waits for nothing and is looked at itself.
     ("graphllm/runner/staging.py", "upload"): {"to"},
@@ -182,6 +186,8 @@ def test_allowance_is_used(of_a_step: dict[tuple[str, str], Function], path: str
         ("graphllm/runner/staging.py", "download"),
         ("graphllm/runner/step_program.py", "StepProgram.forward_in_slices"),
         ("graphllm/runner/device_sampler.py", "sample_on_device"),
+        ("graphllm/runner/step_reports.py", "score_lines"),
+        ("graphllm/runner/step_reports.py", "download_hidden"),
         ("graphllm/runner/graph_runner.py", "GraphRunner.run"),
         ("graphllm/runner/cuda_device.py", "_CudaEvent.query"),
         ("graphllm/runner/cuda_device.py", "_CudaCapture.end"),

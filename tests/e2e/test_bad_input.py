@@ -79,7 +79,7 @@ BAD: dict[str, tuple[str, bytes, int, str | None]] = {
     "no model": (CHAT, b'{"messages": [{"role": "user", "content": "Hi"}]}', 400, "model"),
     "unknown model": (CHAT, chat_with(model="other"), 404, "model"),
     "unknown field": (CHAT, chat_with(temprature=1), 400, "temprature"),
-    "unsupported field": (CHAT, chat_with(tools=[{}]), 400, "tools"),
+    "unsupported field": (CHAT, chat_with(tools=[{"type": "web_search"}]), 400, "tools[0].type"),
     "unsupported stream option": (
         CHAT,
         chat_with(stream=True, stream_options={"include_obfuscation": True}),
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[str, bytes, int, str | None]] = {
     "too many ids": (COMPLETIONS, completion([5] * 9_000), 400, "prompt"),
     "one prompt of two too long": (COMPLETIONS, completion([[5], [5] * 9_000]), 400, "prompt"),
     "output beyond the context": (COMPLETIONS, completion([5] * 8_000, max_tokens=500), 400, "max_tokens"),
-    "echo": (COMPLETIONS, completion("a", echo=True), 400, "echo"),
+    "echo": (COMPLETIONS, completion("a", echo=1), 400, "echo"),
     "suffix": (COMPLETIONS, completion("a", suffix="b"), 400, "suffix"),
     "best_of": (COMPLETIONS, completion("a", best_of=2), 400, "best_of"),
     "logprobs out of range": (COMPLETIONS, completion("a", logprobs=100), 400, "logprobs"),

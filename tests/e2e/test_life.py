@@ -48,20 +48,22 @@ def read_to_end(connection: socket.socket) -> bytes:
     return received
 
 
-def test_health_is_503_with_a_reason_while_loading(tmp_path: Path) -> None:
+def test_a_loading_server_is_alive_and_not_ready_with_a_reason(tmp_path: Path) -> None:
     with running_server(tmp_path, until=LISTENING) as server:
-        health = server.get("/health")
+        ready, health = server.get("/ready"), server.get("/health")
         assert READY.search(server.log) is None, "it loaded too fast for this test"
-        assert health.status == 503
-        assert health.json() == {"status": "loading", "reason": "The model is loading."}
+        assert ready.status == 503
+        assert ready.json() == {"status": "loading", "reason": "The model is loading."}
+        assert (health.status, health.json()) == (200, {"status": "loading"})
         refused = server.post("/v1/chat/completions", b"{}")
         assert (refused.status, refused.error["code"]) == (503, "engine_unavailable")
         assert refused.headers["retry-after"] == "1"
         assert server.get("/v1/models").status == 503
         assert server.get("/metrics").status == 200
         server.wait_for(READY)
-        health = server.get("/health")
+        health, ready = server.get("/health"), server.get("/ready")
         assert (health.status, health.json()) == (200, {"status": "ok"})
+        assert (ready.status, ready.json()) == (200, {"status": "ready"})
 
 
 def test_ctrl_c_while_loading_exits_0(tmp_path: Path) -> None:
@@ -87,8 +89,9 @@ def test_ctrl_c_lets_running_streams_end_and_admits_no_more(
     with running_server(tmp_path, *tiny_arguments) as server, open_stream(server, 400) as connection:
         server.interrupt()
         server.wait_for(re.compile("draining 1 running"))
-        health = server.get("/health")
-        assert (health.status, health.json()["status"]) == (503, "draining")
+        ready, health = server.get("/ready"), server.get("/health")
+        assert (ready.status, ready.json()["status"]) == (503, "draining")
+        assert (health.status, health.json()) == (200, {"status": "draining"})
         refused = server.post("/v1/chat/completions", {**ENDLESS, "max_tokens": 2})
         assert (refused.status, refused.error["code"]) == (503, "engine_unavailable")
         received = read_to_end(connection)
@@ -134,12 +137,26 @@ def test_an_api_key_guards_v1_and_nothing_else(tmp_path: Path, tiny_arguments: t
             {"Authorization": "Bearer wrong"},
             {"Authorization": "s3cret"},
             {"Authorization": "Bearer "},
+            {"x_api_key": "wrong"},
+            {"x_api_key": ""},
         ):
             refused = server.post("/v1/chat/completions", body, **headers)
             assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
         assert server.get("/v1/models").status == 401
         assert server.post("/v1/chat/completions", body, Authorization="Bearer s3cret").status == 200
         assert server.get("/v1/models", Authorization="bearer s3cret").status == 200
+        assert server.get("/v1/models", x_api_key="s3cret").status == 200
+        # Anthropic's clients read its form of errors, and send its header.
+        refused = server.post("/v1/messages", {"model": "tiny"})
+        assert refused.status == 401 and refused.json()["error"]["type"] == "authentication_error"
+        assert refused.headers["request-id"] == refused.json()["request_id"]
+        wrong = server.post("/v1/messages", {"model": "tiny"}, x_api_key="s3cret")
+        assert wrong.status == 400 and wrong.json()["error"]["param"] == "messages"
+        for answer, status in (
+            (server.get("/v1/messages", x_api_key="s3cret"), 405),
+            (server.post("/v1/messages/batches", {}, x_api_key="s3cret"), 404),
+        ):
+            assert answer.status == status and answer.json()["type"] == "error"
         assert server.get("/health").status == server.get("/metrics").status == 200
 
 

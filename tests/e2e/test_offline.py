@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -170,6 +171,47 @@ def test_a_running_loop_still_hears_its_signals_afterwards(llm: LLM) -> None:
         await asyncio.wait_for(heard.wait(), timeout=10)
 
     asyncio.run(main())
+
+
+def test_a_prompts_logprobs_come_with_its_output(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3)
+    scored, plain = llm.generate(["Hello there", "Hello there"], [params, GREEDY], use_tqdm=False)
+    assert plain.prompt_logprobs is None
+    assert scored.prompt_logprobs is not None
+    first, *others = scored.prompt_logprobs
+    assert first is None
+    assert [entry.token_id for entry in others if entry is not None] == scored.prompt_token_ids[1:]
+    assert all(entry is not None and len(entry.top) == 3 and entry.rank for entry in others)
+    assert scored.outputs[0].token_ids == plain.outputs[0].token_ids[:2]
+
+
+def test_a_prompt_may_be_scored_without_an_answer(llm: LLM) -> None:
+    (output,) = llm.generate("Hello there", SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert output.finished and output.outputs[0].text == "" and output.outputs[0].token_ids == []
+    assert output.outputs[0].finish_reason == "length"
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len("Hello there")
+
+
+def test_embeddings_are_in_the_prompts_order_and_of_length_1(llm: LLM) -> None:
+    prompts = ["Hello", {"prompt_token_ids": list(range(40))}, "Hello", {"prompt": "Goodbye"}]
+    outputs = llm.embed(prompts, use_tqdm=False)
+    vectors = [output.outputs.embedding for output in outputs]
+    assert [output.prompt for output in outputs] == ["Hello", None, "Hello", "Goodbye"]
+    assert outputs[1].prompt_token_ids == list(range(40)) and all(output.finished for output in outputs)
+    assert len({len(vector) for vector in vectors}) == 1
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-6) and vectors[0] != pytest.approx(vectors[3])
+    for vector in vectors:
+        assert math.hypot(*vector) == pytest.approx(1.0, rel=1e-5)
+    (raw,) = llm.embed("Hello", normalize=False)
+    length = math.hypot(*raw.outputs.embedding)
+    assert abs(length - 1.0) > 0.1
+    assert [value / length for value in raw.outputs.embedding] == pytest.approx(vectors[0], abs=1e-6)
+
+
+def test_a_prompt_that_cannot_be_embedded_embeds_nothing(llm: LLM) -> None:
+    with pytest.raises(ContextLengthError):
+        llm.embed(["Hello", {"prompt_token_ids": [1] * 9000}], use_tqdm=False)
+    assert llm.engine.num_unfinished_requests == 0
 
 
 def test_it_works_off_the_main_thread(llm: LLM) -> None:

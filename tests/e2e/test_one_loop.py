@@ -24,7 +24,7 @@ from graphllm.scheduler.scheduler import Scheduler
 from graphllm.server.app import ServingProcess
 from graphllm.server.connection import HttpConnection
 from graphllm.server.openai.chat_completions import ChatCompletions
-from graphllm.server.openai.replies import StreamedReply
+from graphllm.server.generation.replies import StreamedReply
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 ENDLESS = {"ignore_eos": True}

@@ -148,7 +148,7 @@ def test_the_stop_string_can_be_kept(client: openai.OpenAI) -> None:
     extra = {"include_stop_str_in_output": True}
     choice = greedy_chat(client, stop="\n3", extra_body=extra).choices[0]
     assert choice.message.content == "1. 1\n2. 2\n3"
-    assert choice.model_extra == {"stop_reason": "\n3"}
+    assert choice.model_extra == {"stop_reason": "\n3", "matched_stop": "\n3"}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -254,7 +254,7 @@ def test_sampling_controls_have_their_effect(client: openai.OpenAI) -> None:
     assert not greedy_chat(client, logit_bias={"33": -100}).choices[0].message.content.startswith("1")
     stopped = greedy_chat(client, extra_body={"stop_token_ids": [198]}).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("1. 1", "stop")
-    assert stopped.model_extra == {"stop_reason": 198}
+    assert stopped.model_extra == {"stop_reason": 198, "matched_stop": 198}
     assert greedy_chat(client, temperature=1.5, extra_body={"top_k": 1}).choices[0].message.content == plain
     assert greedy_chat(client, temperature=1.5, top_p=1e-6).choices[0].message.content == plain
     assert greedy_chat(client, temperature=1.5, extra_body={"min_p": 1.0}).choices[0].message.content == plain
@@ -305,8 +305,9 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI, server: ServerPr
         ({"seed": "x"}, "seed"),
         ({"presence_penalty": 9}, "presence_penalty"),
         ({"frequency_penalty": 9}, "frequency_penalty"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"extra_body": {"temprature": 1}}, "temprature"),
         ({"extra_body": {"min_p": -1}}, "min_p"),
         ({"extra_body": {"top_k": -7}}, "top_k"),

@@ -30,7 +30,7 @@ from graphllm.runner.model_runner import ModelRunner, StepHandle
 from graphllm.scheduler.scheduler import Scheduler
 from graphllm.server.app import ServingProcess
 from graphllm.server.connection import HttpConnection
-from graphllm.server.openai.replies import StreamedReply
+from graphllm.server.generation.replies import StreamedReply
 from tests.e2e.serving import ServerProcess, running_server
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphllm.server.sse import DONE, TEXT_SLOT, ChunkTemplate, encode_text, frame
+from graphllm.server.sse import DONE, TEXT_SLOT, ChunkTemplate, encode_json, encode_text, frame, named_frame
 
 TEXTS = [
     "",
@@ -100,3 +100,20 @@ def test_payload_strings_cannot_be_taken_for_the_slot() -> None:
 def test_payload_without_exactly_one_slot_is_refused(payload: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="once"):
         ChunkTemplate.from_payload(payload)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_json_for_an_event_is_one_line_and_reads_back(text: str) -> None:
+    value = {"text": text, "more": [text, 1, None]}
+    encoded = encode_json(value)
+    assert json.loads(encoded) == value
+    assert len(encoded.decode().splitlines()) == 1
+
+
+def test_json_of_a_lone_surrogate_is_ascii() -> None:
+    encoded = encode_json({"name": "\ud800 é"})
+    assert encoded.isascii() and json.loads(encoded) == {"name": "\ud800 é"}
+
+
+def test_named_event_is_two_lines() -> None:
+    assert named_frame("ping", b"{}") == b"event: ping\ndata: {}\n\n"

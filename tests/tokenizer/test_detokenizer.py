@@ -272,3 +272,23 @@ def test_work_is_linear_even_when_much_is_held(demo: Tokenizer) -> None:
         return time.process_time() - start
 
     assert min(seconds(20_000) for _ in range(3)) < 1.0
+
+
+def test_a_special_token_that_is_to_be_shown_is_text_and_others_are_not(demo: Tokenizer) -> None:
+    other_id = next(token_id for token_id in sorted(demo.special_token_ids) if token_id != SPECIAL_ID)
+    stream = IncrementalDetokenizer(
+        demo,
+        [],
+        stop=("im_start",),
+        skip_special_tokens=True,
+        include_stop_str_in_output=False,
+        shown_special_token_ids=frozenset({SPECIAL_ID}),
+    )
+    assert stream.append([other_id]) == ("", None)
+    # It takes part in stop strings as any text does.
+    assert stream.append([SPECIAL_ID]) == ("<|", "im_start")
+
+
+def test_added_tokens_are_found_by_their_text(demo: Tokenizer) -> None:
+    assert demo.added_tokens["<|im_start|>"] == SPECIAL_ID
+    assert set(demo.added_tokens.values()) >= demo.special_token_ids

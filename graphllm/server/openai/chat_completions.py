@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from graphllm.errors import ContextLengthError, InvalidRequestError
+from dataclasses import replace
+
+from graphllm.errors import InvalidRequestError
+from graphllm.server.generation.decoding import BodyDecoder
+from graphllm.server.generation.request import GenerationRequest, RequestWarning
+from graphllm.server.generation.served_model import ServedModel
 from graphllm.server.http import Request, Response
-from graphllm.server.openai.decoding import BodyDecoder
+from graphllm.server.openai.chat_protocol import ChatCompletionRequest
+from graphllm.server.openai.chat_wire import ChatWire
+from graphllm.server.openai.choice_wire import WireOptions
 from graphllm.server.openai.known_fields import CHAT_FIELDS
-from graphllm.server.openai.messages import template_messages
-from graphllm.server.openai.protocol import ChatCompletionRequest
-from graphllm.server.openai.served_model import ServedModel
-from graphllm.server.openai.wire import ChatWire, WireOptions
 
 
 class ChatCompletions:
@@ -17,44 +20,51 @@ class ChatCompletions:
 
     def __init__(self, served: ServedModel) -> None:
         self._served = served
-        self._decoder = BodyDecoder(ChatCompletionRequest, CHAT_FIELDS)
+        self._decoder = BodyDecoder(ChatCompletionRequest, CHAT_FIELDS, lenient=served.lenient)
 
     def create(self, request: Request, response: Response) -> None:
         """Raises GraphLLMError for whatever is wrong with the request; nothing has been sent then."""
         served = self._served
-        fields = served.decode(request, self._decoder)
-        params = fields.sampling_params()
-        prompt_token_ids = self._encode(fields)
-        wire = ChatWire(
-            served.engine.tokenizer,
-            WireOptions(
-                model=served.name,
-                include_usage=fields.include_usage,
-                logprobs=params.logprobs is not None,
-                skip_special_tokens=params.skip_special_tokens,
-            ),
-        )
+        body = served.decode(request, self._decoder)
+        fields = body.fields
         try:
-            served.submit(
-                [prompt_token_ids], params, wire=wire, fields=fields, request=request, response=response
+            chat = fields.chat_request(max_model_len=served.engine.max_model_len)
+            prepared = served.prepare_chat(chat)
+            renamed = tuple(fields.warning_in_client_terms(warning) for warning in prepared.warnings)
+            generation = prepared.generation
+            if generation.params.structured_outputs is not None:
+                generation = replace(generation, structure_name=fields.structure_name)
+            options = self._wire_options(fields, generation, (*body.warnings, *renamed))
+            wire = ChatWire(served.engine.tokenizer, options)
+            fields.log_labels(wire.reply_id)
+            served.answer(
+                generation,
+                wire=wire,
+                stream=bool(fields.stream),
+                request=request,
+                response=response,
             )
         except InvalidRequestError as error:
             raise fields.in_client_terms(error) from None
 
-    def _encode(self, fields: ChatCompletionRequest) -> list[int]:
-        engine = self._served.engine
-        if engine.tokenizer.chat_template is None:
-            raise InvalidRequestError(
-                "This model has no chat template; use /v1/completions.", param="messages"
-            )
-        messages = template_messages(fields.messages, engine.tokenizer.chat_template.source)
-        # Before rendering: a chat that is far too long should not be put together first.
-        num_chars = sum(len(message["content"]) for message in messages)
-        at_least = num_chars // engine.tokenizer.longest_token_bytes
-        if at_least > engine.max_model_len:
-            raise ContextLengthError(
-                f"The model's context is {engine.max_model_len} tokens, but the messages have at least "
-                f"{at_least} tokens ({num_chars} characters).",
-                param="messages",
-            )
-        return engine.tokenizer.encode_chat(messages, max_tokens=engine.max_model_len)
+    def _wire_options(
+        self,
+        fields: ChatCompletionRequest,
+        generation: GenerationRequest,
+        warnings: tuple[RequestWarning, ...],
+    ) -> WireOptions:
+        params = generation.params
+        return WireOptions(
+            model=self._served.name,
+            include_usage=fields.include_usage,
+            continuous_usage=fields.continuous_usage,
+            logprobs=params.logprobs is not None,
+            prompt_logprobs=params.prompt_logprobs is not None,
+            tokens_as_ids=bool(fields.return_tokens_as_token_ids),
+            skip_special_tokens=params.skip_special_tokens,
+            token_ids=bool(fields.return_token_ids),
+            legacy_function_call=fields.uses_functions,
+            prompts=generation.prompts,
+            num_choices_per_prompt=params.n,
+            warnings=warnings,
+        )

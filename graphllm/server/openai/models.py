@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
+from graphllm.server.generation.served_model import ServedModel
 from graphllm.server.http import Request, Response
-from graphllm.server.openai.served_model import ServedModel
 
 
 class ModelRoutes:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from graphllm.server.generation.served_model import ServedModel
 from graphllm.server.http import Headers, Request, Response
 from graphllm.server.openai.completions import Completions
-from graphllm.server.openai.served_model import ServedModel
 from tests.fakes import FakeEngine, FakeTokenizer, RecordingChannel
 
 

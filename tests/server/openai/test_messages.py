@@ -1,4 +1,4 @@
-"""Which chat messages are rendered, and how the others are refused."""
+"""Which chat messages the API takes, and how the others are refused."""
 
 from __future__ import annotations
 
@@ -7,35 +7,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from graphllm.errors import InvalidRequestError, UnsupportedFieldError
-from graphllm.server.openai.messages import template_messages
-from graphllm.server.openai.protocol import ChatMessage
-
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n'}}{% endfor %}"
-)
-TOOLS = "{% if message.tool_calls %}{{ tool_call.function.name }}{% endif %}{% if message.role == 'tool' %}"
-NAMES = "{{ message.role }} {{ message['name'] }}: {{ message.content }}"
+from graphllm.errors import InvalidRequestError
+from graphllm.server.openai.messages import ChatMessage, plain_messages
 
 
-def rendered(*messages: dict[str, Any], template: str = CHATML) -> list[dict[str, Any]]:
-    return template_messages(msgspec.convert(list(messages), list[ChatMessage]), template)
+def plain(*messages: dict[str, Any]) -> list[dict[str, Any]]:
+    return plain_messages(msgspec.convert(list(messages), list[ChatMessage]))
 
 
 def test_text_parts_are_joined_by_newlines() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert rendered({"role": "user", "content": parts}) == [{"role": "user", "content": "a\nb"}]
-
-
-def test_developer_becomes_system_unless_the_template_knows_it() -> None:
-    message = {"role": "developer", "content": "Be brief."}
-    assert rendered(message)[0]["role"] == "system"
-    assert rendered(message, template="{% if message.role == 'developer' %}")[0]["role"] == "developer"
+    assert plain({"role": "user", "content": parts}) == [{"role": "user", "content": "a\nb"}]
 
 
 def test_an_answer_sent_back_as_it_came_is_accepted() -> None:
-    answer = {
+    answer: dict[str, Any] = {
         "role": "assistant",
         "content": "4",
         "refusal": None,
@@ -43,35 +29,44 @@ def test_an_answer_sent_back_as_it_came_is_accepted() -> None:
         "audio": None,
         "function_call": None,
         "tool_calls": None,
+        "reasoning": "",
     }
-    assert rendered(answer) == [{"role": "assistant", "content": "4"}]
+    assert plain(answer) == [{"role": "assistant", "content": "4"}]
 
 
-def test_a_name_is_rendered_only_by_a_template_that_reads_it() -> None:
-    message = {"role": "user", "content": "Hi", "name": "ann"}
-    assert rendered(message, template=NAMES)[0]["name"] == "ann"
-    for template in (CHATML, TOOLS):
-        with pytest.raises(UnsupportedFieldError) as caught:
-            rendered(message, template=template)
-        assert caught.value.param == "messages[0].name"
-
-
-def test_tool_calls_reach_a_template_that_knows_them_as_objects() -> None:
+def test_arguments_become_objects() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    messages = [
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+    (assistant,) = plain({"role": "assistant", "content": None, "tool_calls": [call]})
+    assert assistant["content"] == ""
+    assert assistant["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     ]
-    assistant, tool = rendered(*messages, template=TOOLS)
-    assert assistant["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
-    assert tool == {"role": "tool", "content": "2", "tool_call_id": "c1"}
+
+
+def test_the_older_forms_of_calls_and_results_are_the_newer_ones() -> None:
+    assistant, result = plain(
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}},
+        {"role": "function", "name": "add", "content": "2"},
+    )
+    assert assistant["tool_calls"][0]["function"] == {"name": "add", "arguments": {}}
+    assert result == {"role": "tool", "name": "add", "content": "2"}
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_reasoning_comes_under_either_name(key: str) -> None:
+    (message,) = plain({"role": "assistant", "content": "4", key: "2+2"})
+    assert message["reasoning_content"] == "2+2"
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    assert plain({"role": "assistant", "content": None, "refusal": "No."})[0]["content"] == "No."
+    part = {"type": "refusal", "refusal": "No."}
+    assert plain({"role": "assistant", "content": [part]})[0]["content"] == "No."
 
 
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "wizard", "content": "Hi"}, "messages[0].role"),
-        ({"role": "function", "content": "Hi"}, "messages[0].role"),
         ({"role": "user"}, "messages[0].content"),
         ({"role": "assistant", "content": None}, "messages[0].content"),
         ({"role": "user", "content": []}, "messages[0].content"),
@@ -86,21 +81,29 @@ def test_tool_calls_reach_a_template_that_knows_them_as_objects() -> None:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0].type",
         ),
-        ({"role": "assistant", "content": "x", "refusal": "no"}, "messages[0].refusal"),
-        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[0].audio"),
-        ({"role": "user", "content": "x", "tool_call_id": "c"}, "messages[0].tool_call_id"),
-        ({"role": "tool", "content": "x", "tool_call_id": "c"}, "messages[0].role"),
         (
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]},
+            "messages[0].content[0].type",
+        ),
+        ({"role": "user", "content": "x", "refusal": "no"}, "messages[0].refusal"),
+        ({"role": "user", "content": "x", "reasoning": "no"}, "messages[0].reasoning"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[0].audio"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
             "messages[0].tool_calls",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "custom", "function": {"name": "f", "arguments": ""}}],
+            },
+            "messages[0].tool_calls[0].type",
         ),
     ],
 )
-def test_a_message_that_cannot_be_rendered_is_refused_by_its_path(
-    message: dict[str, Any], param: str
-) -> None:
+def test_a_message_that_is_none_is_refused_by_its_path(message: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        rendered(message)
+        plain(message)
     assert caught.value.param == param
     assert param.rpartition(".")[0] in caught.value.message
 
@@ -109,11 +112,5 @@ def test_tool_call_arguments_that_are_no_object_are_refused() -> None:
     for arguments in ("", "5", "{", "[" * 10_000):
         call = {"function": {"name": "f", "arguments": arguments}}
         with pytest.raises(InvalidRequestError) as caught:
-            rendered({"role": "assistant", "tool_calls": [call]}, template=TOOLS)
+            plain({"role": "assistant", "tool_calls": [call]})
         assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
-
-
-def test_no_messages_are_refused() -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        rendered()
-    assert caught.value.param == "messages"

@@ -1,0 +1,1 @@
+"""The Anthropic API: messages, and what they would take."""
