@@ -121,6 +121,11 @@ class ScheduledBatch:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
 
+    @property
+    def has_held_pairs(self) -> bool:
+        """Whether the step's time has the host's in it: it is sampled when masks have been made."""
+        return any(pair.held for pair in self.pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

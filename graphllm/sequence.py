@@ -207,3 +207,16 @@ class SequenceGroup:
     @property
     def is_finished(self) -> bool:
         return all(sequence.is_finished for sequence in self.sequences)
+
+    def forget(self) -> None:
+        """Give up what is large, when all have ended and no step will be scheduled for them.
+
+        Group and sequences refer to each other, so what is left of them waits for the garbage collector,
+        which a server runs rarely; steps in flight may still name them.
+        """
+        self.prompt_token_ids = []
+        self.prompt_logprobs = None
+        for sequence in self.sequences:
+            sequence.token_ids = []
+            sequence.block_hashes = []
+            sequence.constraint = None

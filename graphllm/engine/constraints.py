@@ -6,10 +6,12 @@ constraints act together. Grammars are compiled by `structured/`; when masks are
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -27,14 +29,31 @@ _MAX_CACHED_WORD_LISTS = 64
 class StructuredCompiler(Protocol):
     """Turns a wish for structure into constraints; see `structured/`."""
 
-    def compile(self, structured: StructuredOutputs) -> ConstraintFactory:
-        """Raises InvalidRequestError, param "structured_outputs", for what cannot be enforced."""
+    def start(self, structured: StructuredOutputs) -> ConstraintFactory | asyncio.Future[ConstraintFactory]:
+        """The factory, or a future of it where compiling would hold the event loop up.
+
+        Either way InvalidRequestError, param "structured_outputs", for what cannot be enforced. The future
+        may be that of other requests too. Raises EngineUnavailableError when too many wait already.
+        """
+
+    def close(self) -> None:
+        """Nobody waits for futures any more."""
 
 
 class TextEncoder(Protocol):
     """The part of a tokenizer that is needed here."""
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PendingConstraints:
+    """compilation: shared with other requests, so that nobody cancels it. complete: makes what it results in
+    the factory of one request.
+    """
+
+    compilation: asyncio.Future[ConstraintFactory]
+    complete: Callable[[ConstraintFactory], ConstraintFactory]
 
 
 class ConstraintBuilder:
@@ -58,32 +77,48 @@ class ConstraintBuilder:
         self._all_tokens = mask_of(range(vocab_size), vocab_size)
         self._word_lists: OrderedDict[tuple[str, ...], _WordList] = OrderedDict()
 
-    def build(self, params: SamplingParams) -> ConstraintFactory | None:
+    def build(self, params: SamplingParams) -> ConstraintFactory | PendingConstraints | None:
         """What makes the constraint of each sequence of a request; None for most requests.
 
-        Raises InvalidRequestError for bad words that are no text and for structure that cannot be enforced.
+        Pending where a grammar takes long to compile. Raises InvalidRequestError for bad words that are no
+        text and for structure that cannot be enforced, EngineUnavailableError when too many are pending.
         """
         if not params.is_constrained:
             return None
         parts: list[ConstraintFactory] = []
-        if params.structured_outputs is not None:
-            parts.append(self._compile(params.structured_outputs))
         if params.allowed_token_ids is not None:
             allowed = mask_of(params.allowed_token_ids, self._vocab_size)
             parts.append(lambda: AllowedTokens(allowed))
         if params.bad_words:
             words = self._word_list(params.bad_words)
             parts.append(lambda: BadWords(words))
-        factory = parts[0] if len(parts) == 1 else _combined(parts)
-        return self._with_min_tokens(factory, params) if params.min_tokens else factory
+        if params.structured_outputs is None:
+            return self._joined(parts, params)
+        structure = self._start(params.structured_outputs)
+        if isinstance(structure, asyncio.Future):
+            return PendingConstraints(structure, partial(self._joined_behind, parts, params))
+        return self._joined_behind(parts, params, structure)
 
-    def _compile(self, structured: StructuredOutputs) -> ConstraintFactory:
+    def close(self) -> None:
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _start(self, structured: StructuredOutputs) -> ConstraintFactory | asyncio.Future[ConstraintFactory]:
         if self._compiler is None:
             raise InvalidRequestError(
                 "structured_outputs cannot be honoured: the package llguidance is not installed here.",
                 param="structured_outputs",
             )
-        return self._compiler.compile(structured)
+        return self._compiler.start(structured)
+
+    def _joined_behind(
+        self, parts: list[ConstraintFactory], params: SamplingParams, structure: ConstraintFactory
+    ) -> ConstraintFactory:
+        return self._joined([structure, *parts], params)
+
+    def _joined(self, parts: list[ConstraintFactory], params: SamplingParams) -> ConstraintFactory:
+        factory = parts[0] if len(parts) == 1 else _combined(parts)
+        return self._with_min_tokens(factory, params) if params.min_tokens else factory
 
     def _with_min_tokens(self, factory: ConstraintFactory, params: SamplingParams) -> ConstraintFactory:
         stops = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
@@ -261,5 +296,5 @@ class CombinedConstraint:
         return any(part.is_finished for part in self._parts)
 
 
-def _combined(factories: list[Callable[[], TokenConstraint]]) -> ConstraintFactory:
+def _combined(factories: list[ConstraintFactory]) -> ConstraintFactory:
     return lambda: CombinedConstraint([factory() for factory in factories])

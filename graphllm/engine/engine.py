@@ -15,6 +15,7 @@ from enum import StrEnum
 from functools import partial
 
 from graphllm.config import EngineConfig
+from graphllm.engine.constraints import PendingConstraints
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.loading import load
 from graphllm.engine.metrics import EngineMetrics
@@ -22,6 +23,7 @@ from graphllm.engine.pinned_prefixes import PinnedPrefix, PinnedPrefixes, read_p
 from graphllm.engine.progress import progress_bar
 from graphllm.engine.sink import Sink
 from graphllm.engine.step_loop import StepLoop
+from graphllm.engine.waiting_grammars import WaitingGrammars, give_constraints
 from graphllm.errors import (
     ConfigError,
     ContextLengthError,
@@ -74,6 +76,9 @@ class Engine:
         self._random = random.Random(config.seed)
         self._compilations = CompilationWatch(self._compiled)
         self._step_loop: StepLoop | None = None
+        self._compiling = WaitingGrammars(
+            self.metrics, admit=lambda group, sink: self._loaded.add(group, sink)
+        )
         self._prefixes: PinnedPrefixes | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -124,7 +129,8 @@ class Engine:
     async def stop(self) -> None:
         """End every open request with an error, let the device finish, release it."""
         if self._step_loop is not None and self._task is not None:
-            self._step_loop.fail_all(EngineUnavailableError("The server is shutting down."))
+            self._fail_all(EngineUnavailableError("The server is shutting down."))
+            self._step_loop.model.constraints.close()
             self._step_loop.stop()
             await self._task
             self._step_loop.model.runner.graphs.close()
@@ -157,7 +163,7 @@ class Engine:
 
     @property
     def num_unfinished_requests(self) -> int:
-        return 0 if self._step_loop is None else self._step_loop.num_requests
+        return 0 if self._step_loop is None else self._step_loop.num_requests + len(self._compiling)
 
     @property
     def _loaded(self) -> StepLoop:
@@ -184,8 +190,10 @@ class Engine:
         With max_tokens 0 the prompt is computed, and scored if prompt_logprobs ask for it, and nothing is
         generated. With `pooling`, which needs max_tokens 0 and n 1, the answer is the hidden state of the
         prompt's last token.
+        A request whose grammar takes long to compile waits for it: what is wrong with the grammar then
+        reaches the sink, as InvalidRequestError.
 
-        Raises InvalidRequestError (token ids, lengths), EngineUnavailableError.
+        Raises InvalidRequestError (token ids, lengths, grammars), EngineUnavailableError.
         """
         self.check_ready()
         if pooling and (params.max_tokens != 0 or params.n != 1):
@@ -198,7 +206,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request without telling its sink. Unknown and ended requests are no error."""
-        if self._step_loop is not None:
+        if self._step_loop is not None and not self._compiling.abort(request_id):
             self._step_loop.abort(request_id)
 
     async def pin_prefix(self, token_ids: list[int], *, cache_salt: str | None = None) -> PinnedPrefix:
@@ -246,9 +254,11 @@ class Engine:
             priority=priority,
             pooling=pooling,
         )
+        if isinstance(constraint_of, PendingConstraints):
+            self._compiling.add(group, sink, constraint_of)
+            return
         if constraint_of is not None:
-            for sequence in group.sequences:
-                sequence.constraint = constraint_of()
+            give_constraints(group, constraint_of)
         self._loaded.add(group, sink)
 
     def _check_lengths(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
@@ -307,6 +317,10 @@ class Engine:
                 raise ConfigError(f"--pin-prefix {path}: {error.message}") from error
             logger.info("pinned %s: %d tokens", path, pinned.num_tokens)
 
+    def _fail_all(self, error: GraphLLMError) -> None:
+        self._compiling.fail_all(error)
+        self._loaded.fail_all(error)
+
     def _compiled(self, kernel: str, seconds: float) -> None:
         """A kernel was compiled while serving: every stream waited for it."""
         logger.warning("kernel %s was compiled on the event loop, in %.2f s", kernel, seconds)
@@ -315,7 +329,7 @@ class Engine:
     def _loop_failed(self, reason: str) -> None:
         self.state, self.failure = EngineState.FAILED, reason
         try:
-            self._loaded.fail_all(EngineUnavailableError(f"The engine has failed: {reason}"))
+            self._fail_all(EngineUnavailableError(f"The engine has failed: {reason}"))
         finally:
             if self.on_failure is not None:
                 self.on_failure()

@@ -25,6 +25,8 @@ from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
 from graphllm.models.registry import find_family, read_model_config
+from graphllm.models.served import ServedModel
+from graphllm.models.transformers_fallback import find_fallback
 from graphllm.models.weights import load_model
 from graphllm.runner.assembly import assemble_step, choose_backend, measure_largest_step
 from graphllm.runner.compilation import AheadCompilation
@@ -68,7 +70,15 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     path = resolve_model(config)
     checkpoint = open_model(path, config.load_format)
     tokenizer = checkpoint.load_tokenizer()
-    model_config = read_model_config(checkpoint, find_family(checkpoint))
+    fallback = find_fallback(
+        checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
+    )
+    if fallback is None:
+        model_config = read_model_config(checkpoint, find_family(checkpoint))
+    else:
+        model_config = fallback.config
+    # A module of transformers allocates in its steps, which a capture must not.
+    captures = not config.enforce_eager and fallback is None
     torch_device = device.torch_device
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
@@ -86,18 +96,23 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     free_at_start = 0 if device.graphs is None else device.graphs.free_bytes()
     # Helpers must not look a branch up again, which may have moved.
     resolved = replace(config, model=str(path), revision=None, gguf_file=None)
+    compiles_ahead = torch_device.type == "cuda" and fallback is None
     with ExitStack() as stack:
-        ahead = stack.enter_context(AheadCompilation(resolved)) if torch_device.type == "cuda" else None
+        ahead = stack.enter_context(AheadCompilation(resolved)) if compiles_ahead else None
         advance = stack.enter_context(progress_bar("Loading weights", "tensor", show=show_progress))
         with memory_errors_explained("the weights"):
-            model = load_model(
-                checkpoint,
-                backend=backend,
-                device=torch_device,
-                dtype=dtype,
-                progress=advance,
-                max_model_len=limits.max_model_len,
-            )
+            model: ServedModel
+            if fallback is None:
+                model = load_model(
+                    checkpoint,
+                    backend=backend,
+                    device=torch_device,
+                    dtype=dtype,
+                    progress=advance,
+                    max_model_len=limits.max_model_len,
+                )
+            else:
+                model = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
         if ahead is not None:
             ahead.wait()
     with memory_errors_explained("intermediates, tables and the KV cache"):
@@ -114,7 +129,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             device.graphs.trim()
             free_after_weights = device.graphs.free_bytes()
             parts = assemble_step(config, limits, device, model=model, arena=arena)
-            measured = measure_largest_step(parts, kv_shape, graphs_enabled=not config.enforce_eager)
+            measured = measure_largest_step(parts, kv_shape, graphs_enabled=captures)
             graph_bytes = measured.graph_bytes
             memory = DeviceMemory(
                 total_bytes=device.graphs.total_bytes,
@@ -128,7 +143,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         kv_cache = KVCache(kv_shape, plan.num_blocks, device=torch_device)
     eos_token_ids = _end_token_ids(tokenizer, model_config.vocab_size)
     program = parts.program(kv_cache)
-    graphs = parts.graphs(program, enabled=not config.enforce_eager, max_bytes=graph_bytes)
+    graphs = parts.graphs(program, enabled=captures, max_bytes=graph_bytes)
     runner = parts.new_runner(program, graphs, limits=limits, kv_cache=kv_cache, eos_token_ids=eos_token_ids)
     host = plan_host(
         config,

@@ -38,11 +38,12 @@ class MeasuredRates:
         self._per_block.add(seconds, num_blocks)
 
     def observe_step(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step took so long; only steps that are mostly prompt, and score nothing of it, say what a
-        prompt's token costs."""
+        """A step took so long; only steps that are mostly prompt, score nothing of it and wait for no masks
+        say what a prompt's token costs."""
         num_prompt_tokens = batch.num_tokens - batch.num_decode_rows
         if (
             not batch.spans
+            and not batch.has_held_pairs
             and num_prompt_tokens > 0
             and num_prompt_tokens >= _MIN_PROMPT_SHARE * batch.num_tokens
         ):

@@ -323,12 +323,14 @@ class StepLoop:
         self._metrics.sequences_finished.labels(reason).inc(num_cut)
         self._publisher.drop(request)
         self._scheduler.abort(request.group)
+        request.group.forget()
         self._update_gauges()
 
     def _request_ended(self, request: Request) -> bool:
         """False when it was aborted or has failed meanwhile."""
         if self._requests.pop(request.group.request_id, None) is None:
             return False
+        request.group.forget()
         self._metrics.request_seconds.observe(time.perf_counter() - request.group.arrival_time)
         return True
 

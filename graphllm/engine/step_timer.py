@@ -20,7 +20,7 @@ class StepTimer:
     __slots__ = ("_host", "_steps")
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[int, int, bool], float] = {}
+        self._steps: dict[tuple[int, int, bool, bool], float] = {}
         self._host = 0.001
 
     def predict(self, batch: ScheduledBatch) -> float | None:
@@ -41,9 +41,9 @@ class StepTimer:
         self._host += _NEW_SHARE * (seconds - self._host)
 
 
-def _kind(batch: ScheduledBatch) -> tuple[int, int, bool]:
-    """Steps of one kind take about as long: same decode rows, prompt tokens within an eighth, and both
-    score or neither."""
+def _kind(batch: ScheduledBatch) -> tuple[int, int, bool, bool]:
+    """Steps of one kind take about as long: same decode rows, prompt tokens within an eighth, and both or
+    neither score, and wait for masks."""
     prefill = batch.num_tokens - batch.num_decode_rows
     shift = max(0, prefill.bit_length() - 4)
-    return batch.num_decode_rows, prefill >> shift << shift, bool(batch.spans)
+    return batch.num_decode_rows, prefill >> shift << shift, bool(batch.spans), batch.has_held_pairs

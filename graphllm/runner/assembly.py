@@ -15,7 +15,7 @@ from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
-from graphllm.models.decoder import Decoder
+from graphllm.models.served import ServedModel
 from graphllm.runner.device import Device
 from graphllm.runner.graph_runner import GraphRunner
 from graphllm.runner.memory_plan import StepLimits
@@ -36,7 +36,7 @@ _LEAST_GRAPH_BYTES, _MOST_GRAPH_BYTES = 256 * 1024**2, 1024**3
 class StepParts:
     """What a step needs beside a KV cache."""
 
-    model: Decoder
+    model: ServedModel
     arena: Arena
     buffers: StepBuffers
     buckets: StepBuckets
@@ -100,7 +100,7 @@ def choose_backend(
 
 
 def assemble_step(
-    config: EngineConfig, limits: StepLimits, device: Device, *, model: Decoder, arena: Arena
+    config: EngineConfig, limits: StepLimits, device: Device, *, model: ServedModel, arena: Arena
 ) -> StepParts:
     """Build the parts around a model; `arena` is that of the model's attention backend."""
     return StepParts(

@@ -18,7 +18,7 @@ from graphllm.cache.kv_cache import KVCache
 from graphllm.kernels.sampled_rows import SampledRows
 from graphllm.kernels.step_inputs import step_inputs
 from graphllm.kernels.triton_support import runs_triton
-from graphllm.models.decoder import Decoder
+from graphllm.models.served import ServedModel
 from graphllm.runner.device_sampler import sample_by_reference, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.step_buffers import StepBuffers
@@ -38,7 +38,7 @@ class StepProgram:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ServedModel,
         *,
         backend: AttentionBackend,
         buffers: StepBuffers,

@@ -23,6 +23,8 @@ _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("allOf", *_ALTERNATIVES)
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 _LISTS = ("prefixItems", "items")
+# A schema without any of these neither has properties nor leads to others.
+_LEADING_ON = frozenset({"$ref", "$id", "properties", "patternProperties", *_IN_PLACE, *_SINGLE, *_LISTS})
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
 
 Schema = dict[str, Any]
@@ -49,26 +51,30 @@ class _Walk:
         self._root = root
         self._budget = budget
         self._reached: dict[int, Schema] = {}
+        # Schemas that are not closed, and those below which nothing is.
         self._open: set[int] = set()
+        self._all_open: set[int] = set()
         self.is_lost = False
 
     def run(self) -> None:
         pending: list[tuple[Schema, bool]] = [(self._root, False)]
         while pending and not self.is_lost:
             schema, stays_open = pending.pop()
-            if id(schema) in self._open or (not stays_open and id(schema) in self._reached):
+            # What is reached as a part of a larger family is judged there, and not more leniently.
+            if id(schema) in (self._all_open if stays_open else self._reached):
                 continue
             family = self._family(schema)
             self._budget.spend(len(family) // WALKED_SCHEMAS)
-            for member in family:
-                self._reached[id(member)] = member
+            new = [member for member in family if id(member) not in self._reached]
+            self._reached.update((id(member), member) for member in new)
             if stays_open:
-                self._open.update(map(id, family))
+                self._all_open.update(map(id, family))
             else:
                 self._keep_open_what_must_be(family)
             pending += self._below(family, stays_open=stays_open)
+            # The outermost last, to be looked at first: it settles what lies below it too.
             pending += [
-                (branch, True) for member in family for branch in self._inexclusive_branches(member)
+                (branch, True) for member in reversed(new) for branch in self._inexclusive_branches(member)
             ]
 
     def objects(self) -> list[Schema]:
@@ -76,7 +82,7 @@ class _Walk:
         return [
             schema
             for key, schema in self._reached.items()
-            if key not in self._open and _lists_properties(schema)
+            if key not in self._open and key not in self._all_open and _lists_properties(schema)
         ]
 
     def _family(self, schema: Schema) -> list[Schema]:
@@ -92,6 +98,8 @@ class _Walk:
                 target = target_of(self._root, member["$ref"])
                 self.is_lost |= target is None
                 pending.append(target)
+            # Below another base, references mean something else.
+            self.is_lost |= "$id" in member and member is not self._root
             for key in _IN_PLACE:
                 if isinstance(branches := member.get(key), list):
                     pending += branches
@@ -123,7 +131,7 @@ class _Walk:
         return [
             (value, stays_open or (is_shared and (counts[place] > 1 or place == "additionalProperties")))
             for place, value in places
-            if isinstance(value, dict)
+            if isinstance(value, dict) and not _LEADING_ON.isdisjoint(value)
         ]
 
     def _inexclusive_branches(self, schema: Schema) -> Iterable[Schema]:
@@ -146,8 +154,8 @@ class _Walk:
             for branch in objects
         ]
         for name in set(tags[0]).intersection(*tags[1:]):
-            values = [(isinstance(value, bool), value) for tag in tags for value in set(tag[name])]
-            if len(values) == len(set(values)):
+            values = [{(isinstance(value, bool), value) for value in tag[name]} for tag in tags]
+            if sum(map(len, values)) == len(set().union(*values)):
                 return True
         return False
 
@@ -192,8 +200,28 @@ def _is_count_within(count: Any, most: int) -> bool:
 
 def _types_of(schema: Schema) -> frozenset[str]:
     """The types that a schema may admit; all, where it names none."""
+    if "const" in schema:
+        return frozenset({_type_of(schema["const"])})
+    if isinstance(schema.get("enum"), list):
+        return frozenset(map(_type_of, schema["enum"]))
     found = schema.get("type")
     names = [found] if isinstance(found, str) else found
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return _TYPES
     return frozenset("number" if name == "integer" else name for name in names)
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"

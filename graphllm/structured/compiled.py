@@ -6,12 +6,16 @@ share. Does not know where grammar texts come from, nor how they are cached.
 
 from __future__ import annotations
 
+import logging
+
 import llguidance
 import numpy as np
 
-from graphllm.errors import InvalidRequestError
+from graphllm.errors import GraphLLMError, InvalidRequestError
 from graphllm.structured.limits import GrammarLimits
 from graphllm.structured.vocabulary import GrammarVocabulary
+
+logger = logging.getLogger(__name__)
 
 PARAM = "structured_outputs"
 _MAX_MESSAGE_LENGTH = 500
@@ -73,7 +77,7 @@ class CompiledGrammar:
     def _compile(self) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self.vocabulary.library, self._text, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise grammar_error(explain(matcher))
+            raise complaint(matcher)
         return matcher
 
     def _check_beginning(self) -> None:
@@ -84,7 +88,7 @@ class CompiledGrammar:
         if is_dead_end(matcher):
             raise grammar_error("no text of this model's tokens can satisfy it.")
         if matcher.is_error():
-            raise grammar_error(explain(matcher))
+            raise complaint(matcher)
         is_optional = matcher.is_accepting()
         ends = self.vocabulary.library.eos_tokens
         if is_optional and int(np.bitwise_count(mask.view(np.uint32)).sum()) <= len(ends):
@@ -94,6 +98,19 @@ class CompiledGrammar:
 def is_dead_end(matcher: llguidance.LLMatcher) -> bool:
     """Whether a mask came out empty: the text is not complete, and no token can follow."""
     return matcher.is_error() and matcher.get_error().startswith("NoExtensionBias")
+
+
+def complaint(matcher: llguidance.LLMatcher, about: str = "") -> GraphLLMError:
+    """What a matcher's error is for the client: its own mistake, or ours where the library broke."""
+    if matcher.get_error().startswith("panic"):
+        return library_failure(matcher.get_error())
+    return grammar_error(about + explain(matcher))
+
+
+def library_failure(details: str) -> GraphLLMError:
+    """An error that says that the library broke. What broke is for the log: it names our files."""
+    logger.error("the grammar library broke: %s", details)
+    return GraphLLMError("The grammar library failed on this request's schema or grammar.")
 
 
 def explain(matcher: llguidance.LLMatcher) -> str:

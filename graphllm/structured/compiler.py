@@ -1,11 +1,12 @@
 """From what a request asks its output to look like to the constraints of its sequences.
 
-Owns the translation into the library's grammar texts and the cache of compiled ones. Runs on the event loop:
-the caps of `limits.py` keep one compilation within a few milliseconds, and the cache makes most free.
+Owns the translation into the library's grammar texts, the cache of compiled ones, and the choice of where to
+compile: on the event loop what takes a millisecond or two, in the thread of `worker.py` what takes longer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import llguidance
 
 from graphllm.constraint import ConstraintFactory, TokenConstraint
-from graphllm.structured.compiled import CompiledGrammar, grammar_error
+from graphllm.errors import EngineUnavailableError
+from graphllm.structured.compiled import CompiledGrammar, grammar_error, library_failure
 from graphllm.structured.delayed_constraint import DelayedConstraint, StartMarkers
 from graphllm.structured.gbnf import gbnf_to_lark, is_gbnf
 from graphllm.structured.grammar_constraint import GrammarConstraint
@@ -23,7 +25,8 @@ from graphllm.structured.lark_text import lark_literal, prepare_lark
 from graphllm.structured.limits import GrammarLimits
 from graphllm.structured.patterns import check_pattern, whitespace_pattern
 from graphllm.structured.vocabulary import GrammarVocabulary, TokenizerLike
-from graphllm.structured.work_budget import ENUM_VALUE, WorkBudget
+from graphllm.structured.work_budget import ENUM_VALUE, LITERAL_BYTES, START_MARKER, WorkBudget
+from graphllm.structured.worker import CompilationWorker
 from graphllm.structured_outputs import StructuredOutputs
 
 
@@ -40,10 +43,18 @@ class GrammarConstraintFactory:
         return DelayedConstraint(self.grammar, self.markers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is left to be done for a request: the library's text of its grammar, and what to expect of it."""
+
+    text: str
+    budget: WorkBudget
+
+
 class GrammarCompiler:
     """The compiler of one model's grammars, with a cache; used from the event loop only."""
 
-    __slots__ = ("_cache", "_cached_bytes", "_limits", "_vocabulary")
+    __slots__ = ("_cache", "_cached_bytes", "_limits", "_under_way", "_vocabulary", "_worker")
 
     def __init__(
         self,
@@ -63,6 +74,8 @@ class GrammarCompiler:
         # From what was asked to its factory and the bytes that it is counted with; the oldest use first.
         self._cache: OrderedDict[StructuredOutputs, tuple[GrammarConstraintFactory, int]] = OrderedDict()
         self._cached_bytes = 0
+        self._worker = CompilationWorker()
+        self._under_way: dict[StructuredOutputs, asyncio.Future[GrammarConstraintFactory]] = {}
 
     @property
     def num_cached(self) -> int:
@@ -70,21 +83,83 @@ class GrammarCompiler:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of the texts that the cached grammars were compiled from."""
+        """What the cached grammars may come to occupy, as `WorkBudget.expected_bytes` has it."""
         return self._cached_bytes
 
+    @property
+    def num_under_way(self) -> int:
+        """Long compilations that have not ended."""
+        return len(self._under_way)
+
     def compile(self, structured: StructuredOutputs) -> ConstraintFactory:
-        """A factory of constraints, one for each sequence of the request.
+        """A factory of constraints, one for each sequence of the request; at once, however long it takes.
 
         Raises InvalidRequestError with param "structured_outputs" that says what is wrong or too large.
         """
-        if (cached := self._cache.get(structured)) is not None:
-            self._cache.move_to_end(structured)
-            return cached[0]
-        text = self._grammar_text(structured)
+        if (cached := self._cached(structured)) is not None:
+            return cached
+        return self._compile_now(structured, self._source(structured))
+
+    def start(self, structured: StructuredOutputs) -> ConstraintFactory | asyncio.Future[ConstraintFactory]:
+        """The same where that takes no longer than the loop can wait, and otherwise a future of it.
+
+        Requests for the same grammar get the same future: nobody may cancel it. Its exceptions are those of
+        `compile`, shared by all who wait.
+        Raises InvalidRequestError for what is seen to be wrong at once, EngineUnavailableError when too many
+        compilations wait.
+        """
+        if (cached := self._cached(structured)) is not None:
+            return cached
+        if (under_way := self._under_way.get(structured)) is not None:
+            return under_way  # type: ignore[return-value]  # futures are invariant
+        source = self._source(structured)
+        if source.budget.expected <= self._limits.max_loop_cost:
+            return self._compile_now(structured, source)
+        if len(self._under_way) >= self._limits.max_waiting:
+            raise EngineUnavailableError(
+                f"{len(self._under_way)} schemas and grammars are waiting to be compiled; try again.",
+                param="structured_outputs",
+                code="too_many_compilations",
+            )
+        future = self._worker.run(lambda: self._compiled(structured, source))
+        self._under_way[structured] = future
+        future.add_done_callback(lambda done: self._ended(structured, source, done))
+        return future  # type: ignore[return-value]  # futures are invariant
+
+    def close(self) -> None:
+        """Compile nothing more in the thread. What has not begun there is cancelled."""
+        self._worker.close()
+
+    def _cached(self, structured: StructuredOutputs) -> GrammarConstraintFactory | None:
+        if (cached := self._cache.get(structured)) is None:
+            return None
+        self._cache.move_to_end(structured)
+        return cached[0]
+
+    def _compile_now(self, structured: StructuredOutputs, source: _Source) -> GrammarConstraintFactory:
+        factory = self._compiled(structured, source)
+        self._keep(structured, factory, source.budget.expected_bytes)
+        return factory
+
+    def _ended(
+        self,
+        structured: StructuredOutputs,
+        source: _Source,
+        future: asyncio.Future[GrammarConstraintFactory],
+    ) -> None:
+        del self._under_way[structured]
+        if not future.cancelled() and future.exception() is None:
+            self._keep(structured, future.result(), source.budget.expected_bytes)
+
+    def _compiled(self, structured: StructuredOutputs, source: _Source) -> GrammarConstraintFactory:
+        """Runs on the loop or in the thread: it changes nothing that both know.
+
+        Raises InvalidRequestError, and GraphLLMError where the library breaks.
+        """
+        is_ambiguous = structured.grammar is not None
         try:
             grammar = CompiledGrammar(
-                self._vocabulary, text, limits=self._limits, is_ambiguous=structured.grammar is not None
+                self._vocabulary, source.text, limits=self._limits, is_ambiguous=is_ambiguous
             )
             markers = StartMarkers(grammar, structured.starts_after) if structured.starts_after else None
         except Exception:
@@ -93,12 +168,11 @@ class GrammarCompiler:
             # The library's own defects come as a class of their own, which derives from no other.
             if type(error).__name__ != "PanicException":
                 raise
-            raise grammar_error(f"the grammar library failed on it: {error!s:.200}") from error
-        factory = GrammarConstraintFactory(grammar, markers)
-        self._keep(structured, factory, len(text.encode()))
-        return factory
+            raise library_failure(str(error)) from error
+        return GrammarConstraintFactory(grammar, markers)
 
     def _keep(self, structured: StructuredOutputs, factory: GrammarConstraintFactory, num_bytes: int) -> None:
+        self._cached_bytes -= self._cache.pop(structured, (factory, 0))[1]
         self._cache[structured] = (factory, num_bytes)
         self._cached_bytes += num_bytes
         while self._cache and (
@@ -108,8 +182,18 @@ class GrammarCompiler:
             _, (_, freed) = self._cache.popitem(last=False)
             self._cached_bytes -= freed
 
-    def _grammar_text(self, structured: StructuredOutputs) -> str:
+    def _source(self, structured: StructuredOutputs) -> _Source:
         budget = WorkBudget(self._limits)
+        shortest = min(map(len, structured.starts_after), default=self._limits.min_marker_length)
+        if shortest < self._limits.min_marker_length:
+            raise grammar_error(
+                f"starts_after: each text has at least {self._limits.min_marker_length} characters."
+            )
+        budget.expect(START_MARKER * len(structured.starts_after))
+        return _Source(self._grammar_text(structured, budget), budget)
+
+    def _grammar_text(self, structured: StructuredOutputs, budget: WorkBudget) -> str:
+        closes_objects = structured.disable_additional_properties is not False
         whitespace = (
             WHITESPACE
             if structured.whitespace_pattern is None
@@ -117,7 +201,14 @@ class GrammarCompiler:
         )
         if structured.json is not None:
             schema = read_json(structured.json, "json", limits=self._limits)
-            text = prepare_schema(schema, "json", limits=self._limits, budget=budget, whitespace=whitespace)
+            text = prepare_schema(
+                schema,
+                "json",
+                limits=self._limits,
+                budget=budget,
+                whitespace=whitespace,
+                closes_objects=closes_objects,
+            )
             return f'{{"grammars":[{{"json_schema":{text}}}]}}'
         if structured.json_object:
             text = prepare_schema(
@@ -140,6 +231,7 @@ class GrammarCompiler:
                 limits=self._limits,
                 budget=budget,
                 whitespace=whitespace,
+                closes_objects=closes_objects,
             )
         )
 
@@ -155,6 +247,7 @@ class GrammarCompiler:
             if len(choice.encode()) > self._limits.max_literal_bytes:
                 raise grammar_error(f"choice has a text of more than {self._limits.max_literal_bytes} bytes.")
         budget.spend(ENUM_VALUE * len(choices))
+        budget.expect(sum(map(len, choices)) // LITERAL_BYTES)
         # One terminal: as rules, a thousand choices would be a thousand things that the lexer looks for.
         return "start: CHOICE\nCHOICE: " + " | ".join(map(lark_literal, dict.fromkeys(choices)))
 

@@ -21,7 +21,7 @@ from graphllm.structured.vocabulary import GrammarVocabulary
 GAPS = (b"\n", b"\n\n")
 _LONGEST_GAP = max(map(len, GAPS))
 # Tokens of a request that are tried behind its markers, a few microseconds each.
-_MAX_TESTED_TOKENS = 400
+_MAX_TESTED_TOKENS = 200
 
 
 class StartMarkers:
@@ -48,7 +48,8 @@ class StartMarkers:
         self._forbidden_at: dict[tuple[int, int], NDArray[np.int64]] = {}
         inside = [np.zeros(0, np.int64)]
         for number, marker in enumerate(self.markers):
-            for length in range(1, len(marker)):
+            # No token holds more of a marker than it has bytes.
+            for length in range(max(1, len(marker) - self.vocabulary.max_token_length), len(marker)):
                 token_ids = self.vocabulary.starting_with(marker[length:])
                 if not len(token_ids):
                     continue

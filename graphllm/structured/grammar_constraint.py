@@ -13,8 +13,8 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from graphllm.errors import ConstraintViolation, InvalidRequestError
-from graphllm.structured.compiled import CompiledGrammar, explain, grammar_error, is_dead_end
+from graphllm.errors import ConstraintViolation, GraphLLMError
+from graphllm.structured.compiled import CompiledGrammar, complaint, explain, is_dead_end
 
 
 class GrammarConstraint:
@@ -37,7 +37,8 @@ class GrammarConstraint:
     def restrict(self, mask: memoryview) -> None:
         """Clear the bits of the tokens that may not come next; see TokenConstraint.
 
-        Raises InvalidRequestError when the grammar needs more work at this place than the limits allow.
+        Raises InvalidRequestError when the grammar needs more work at this place than the limits allow,
+        GraphLLMError when the library breaks.
         """
         row = np.frombuffer(mask, np.int32)  # [ceil(vocab_size / 32)] int32
         row &= self.next_mask()[: len(row)]
@@ -106,10 +107,8 @@ class GrammarConstraint:
             raise self._too_complex()
         return self._matcher
 
-    def _too_complex(self) -> InvalidRequestError:
-        return grammar_error(
-            f"the grammar is too complex at this place of the output: {explain(self._matcher)}"
-        )
+    def _too_complex(self) -> GraphLLMError:
+        return complaint(self._matcher, "the grammar is too complex at this place of the output: ")
 
 
 def _is_set(mask: NDArray[np.int32], token_id: int) -> bool:

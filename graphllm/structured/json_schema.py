@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from graphllm.structured.closed_objects import close_objects
 from graphllm.structured.compiled import grammar_error
 from graphllm.structured.limits import GrammarLimits
 from graphllm.structured.patterns import check_pattern
@@ -24,6 +25,7 @@ from graphllm.structured.work_budget import (
     ENUM_VALUE,
     FORMAT,
     LENGTH_RANGE,
+    LITERAL_BYTES,
     MULTIPLE_OF_STATES,
     NUMBER_RANGE,
     SUBSCHEMA,
@@ -40,6 +42,7 @@ _OPTIONS_KEY = "x-guidance"
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _RANGES = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _MAX_COUNT = 1_000_000
+_LONG_STRING = 1_000
 _MAX_INTEGER = 2**63 - 1
 _OPEN_END = 1e-6
 _KEYWORDS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -84,18 +87,29 @@ def children(value: Any) -> Sequence[Any]:
 
 
 def prepare_schema(
-    schema: Any, name: str, *, limits: GrammarLimits, budget: WorkBudget, whitespace: str
+    schema: Any,
+    name: str,
+    *,
+    limits: GrammarLimits,
+    budget: WorkBudget,
+    whitespace: str,
+    closes_objects: bool = True,
 ) -> str:
-    """The schema's JSON text as the library takes it, with its options inside.
+    """The schema's JSON text as the library takes it, with its options inside; `schema` itself is changed.
 
-    whitespace: a regex for the whitespace between JSON's parts.
+    whitespace: a regex for the whitespace between JSON's parts. closes_objects: objects that list properties
+    have no others, see `closed_objects.py`.
     Raises InvalidRequestError naming `name` for a schema above the limits.
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
         raise grammar_error(f"{name} must be a JSON schema: an object, true or false.")
-    _Check(schema, name, limits, budget).run()
+    check = _Check(schema, name, limits, budget)
+    check.run()
+    if closes_objects:
+        close_objects(schema, budget)
+    check.check_counted()
     return json.dumps(
         schema | {_OPTIONS_KEY: {"whitespace_pattern": whitespace}}, ensure_ascii=False, separators=(",", ":")
     )
@@ -113,6 +127,7 @@ class _Check:
         self._num_values = 0
         self._divisors = {1}
         self._has_intersections = False
+        self._counted: list[dict[str, Any]] = []
         self._keywords: Mapping[str, Callable[[str, Any], None]] = {
             **dict.fromkeys(_COUNTS, self._count),
             **dict.fromkeys(_RANGES, self._range),
@@ -138,12 +153,18 @@ class _Check:
             # Any of them may meet any other in one number.
             self._budget.spend(math.lcm(*self._divisors) // MULTIPLE_OF_STATES)
 
+    def check_counted(self) -> None:
+        """Refuse a number of properties at least where their names are free, once it is known where."""
+        for schema in self._counted:
+            if schema.get("additionalProperties") is not False:
+                # The library counts a repeated key twice, and a reader of the output once.
+                self._refuse("minProperties", "above 1 is not supported beside free property names")
+
     def _subschemas_of(self, schema: dict[str, Any]) -> list[Any]:
         self._budget.spend(SUBSCHEMA)
         _close_open_ends(schema)
-        if schema.get("minProperties", 0) not in (0, 1) and schema.get("additionalProperties") is not False:
-            # The library counts a repeated key twice, and a reader of the output once.
-            self._refuse("minProperties", "above 1 is not supported beside free property names")
+        if schema.get("minProperties", 0) not in (0, 1):
+            self._counted.append(schema)
         if intersects(schema):
             self._has_intersections = True
             self._budget.spend(COMBINATION * self._branches_of.count(schema))
@@ -170,6 +191,8 @@ class _Check:
         self._budget.spend(LENGTH_RANGE)
         if isinstance(value, int | float) and value > _MAX_COUNT:
             self._refuse(key, f"is {value}; at most {_MAX_COUNT} is allowed")
+        if key in ("minLength", "maxLength") and isinstance(value, int | float) and value > _LONG_STRING:
+            self._budget.expect_many_states()
 
     def _range(self, key: str, value: Any) -> None:
         self._budget.spend(NUMBER_RANGE)
@@ -222,8 +245,10 @@ class _Check:
                 pending += [*item, *item.values()]
             elif isinstance(item, list):
                 pending += item
-            elif isinstance(item, str) and len(item.encode()) > self._limits.max_literal_bytes:
-                self._refuse(key, f"has a value of more than {self._limits.max_literal_bytes} bytes")
+            elif isinstance(item, str):
+                self._budget.expect(len(item) // LITERAL_BYTES)
+                if len(item.encode()) > self._limits.max_literal_bytes:
+                    self._refuse(key, f"has a value of more than {self._limits.max_literal_bytes} bytes")
             elif isinstance(item, int) and abs(item) > _MAX_INTEGER:
                 self._refuse(key, "has an integer outside the range of 64 bits")
 

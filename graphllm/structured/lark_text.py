@@ -17,7 +17,14 @@ from graphllm.structured.compiled import grammar_error
 from graphllm.structured.json_schema import check_text_size, prepare_schema, read_json
 from graphllm.structured.limits import GrammarLimits
 from graphllm.structured.patterns import check_pattern, largest_count
-from graphllm.structured.work_budget import GRAMMAR_ELEMENT, WorkBudget
+from graphllm.structured.work_budget import (
+    GRAMMAR_DEFINITION,
+    GRAMMAR_ELEMENT,
+    LARGE_COUNT,
+    LITERAL_BYTES,
+    SET_OPERATION,
+    WorkBudget,
+)
 
 _PIECE = re.compile(
     r"""
@@ -49,10 +56,11 @@ def prepare_lark(
     limits: GrammarLimits,
     budget: WorkBudget,
     whitespace: str,
+    closes_objects: bool = True,
 ) -> str:
     """The text with `%json` and `%marker` completed. Raises InvalidRequestError for one above the limits."""
     check_text_size(text, "grammar", limits=limits)
-    return "".join(_Preparation(text, special_tokens, limits, budget, whitespace).pieces())
+    return "".join(_Preparation(text, special_tokens, limits, budget, whitespace, closes_objects).pieces())
 
 
 class _Preparation:
@@ -65,12 +73,14 @@ class _Preparation:
         limits: GrammarLimits,
         budget: WorkBudget,
         whitespace: str,
+        closes_objects: bool,
     ) -> None:
         self._text = text
         self._special_tokens = special_tokens
         self._limits = limits
         self._budget = budget
         self._whitespace = whitespace
+        self._closes_objects = closes_objects
         # The product of repetitions inside each other: a frame for each open group, and that of the last one.
         self._products = [1]
         self._closed = 1
@@ -95,8 +105,10 @@ class _Preparation:
 
     def _piece(self, kind: str, piece: str, match: re.Match[str], previous: str) -> str:
         match kind:
-            case "string" if len(piece.encode()) > self._limits.max_literal_bytes:
-                self._refuse(match, f"is a literal of more than {self._limits.max_literal_bytes} bytes")
+            case "string":
+                self._budget.expect(len(piece) // LITERAL_BYTES)
+                if len(piece.encode()) > self._limits.max_literal_bytes:
+                    self._refuse(match, f"is a literal of more than {self._limits.max_literal_bytes} bytes")
             case "pattern":
                 pattern = piece[1 : piece.rindex("/")]
                 check_pattern(pattern, f"grammar: /{pattern:.40}/", limits=self._limits, budget=self._budget)
@@ -117,7 +129,13 @@ class _Preparation:
                         match,
                         f"repeats something {total} times; at most {self._limits.max_repeats} are allowed",
                     )
+                if total >= LARGE_COUNT:
+                    self._budget.expect_many_states()
                 self._products[-1] = max(self._products[-1], total)
+            case "other" if piece == ":":
+                self._budget.expect(GRAMMAR_DEFINITION)
+            case "other" if piece in ("&", "~"):
+                self._budget.expect(SET_OPERATION)
             case "other" if piece == "%lark" or piece.startswith("@"):
                 self._refuse(match, "refers to another grammar, which is not supported")
         return piece
@@ -141,7 +159,12 @@ class _Preparation:
         if kind == "schema":
             name = "grammar: %json"
             return "%json " + prepare_schema(
-                value, name, limits=self._limits, budget=self._budget, whitespace=self._whitespace
+                value,
+                name,
+                limits=self._limits,
+                budget=self._budget,
+                whitespace=self._whitespace,
+                closes_objects=self._closes_objects,
             )
         # Every character may become a state.
         self._budget.spend(GRAMMAR_ELEMENT * (len(text) // 8))

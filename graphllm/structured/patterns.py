@@ -11,7 +11,14 @@ import re
 
 from graphllm.structured.compiled import grammar_error
 from graphllm.structured.limits import GrammarLimits
-from graphllm.structured.work_budget import PATTERN, PATTERN_CHARACTERS, UNICODE_CLASS, WorkBudget
+from graphllm.structured.work_budget import (
+    LARGE_COUNT,
+    LITERAL_BYTES,
+    PATTERN,
+    PATTERN_CHARACTERS,
+    UNICODE_CLASS,
+    WorkBudget,
+)
 
 # One after the other: an escape (with a class's name), a bracketed class, the start of a group, its end, a
 # counted repetition. Everything else is a plain character.
@@ -30,6 +37,7 @@ def check_pattern(pattern: str, name: str, *, limits: GrammarLimits, budget: Wor
             f"{name} has {len(pattern)} characters; at most {limits.max_regex_length} are allowed."
         )
     budget.spend(PATTERN + len(pattern) // PATTERN_CHARACTERS)
+    budget.expect(len(pattern) // LITERAL_BYTES)
     # The product of repetitions inside each other: a frame for each open group.
     products = [1]
     closed = 1
@@ -49,11 +57,14 @@ def check_pattern(pattern: str, name: str, *, limits: GrammarLimits, budget: Wor
                 raise grammar_error(
                     f"{name} repeats something {total} times; at most {limits.max_repeats} are allowed."
                 )
+            if total >= LARGE_COUNT:
+                budget.expect_many_states()
             products[-1] = max(products[-1], total)
         elif part.startswith(_UNICODE_ESCAPES) or (
             part.startswith("[") and any(e in part for e in _UNICODE_ESCAPES)
         ):
             budget.spend(UNICODE_CLASS)
+            budget.expect_many_states()
 
 
 def largest_count(repetition: str) -> int:

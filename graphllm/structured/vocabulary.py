@@ -22,6 +22,8 @@ from graphllm.constraint import num_mask_words
 # Forced text is tokenized as the model's tokenizer does it, so that the model sees what it was trained on.
 # Only the first token of it is used at a time, so no more than this many characters have to be looked at.
 _CANONICAL_CHARACTERS = 96
+# Parts of tokens that were searched for: the same few markers come with most requests.
+_MAX_KNOWN_PARTS = 32
 
 
 class TokenizerLike(Protocol):
@@ -38,7 +40,7 @@ class TokenizerLike(Protocol):
 
 
 class GrammarVocabulary:
-    """The tokens of one model; immutable after construction.
+    """The tokens of one model; it never changes, whatever thread asks.
 
     vocab_size: of the model's logits, which may be larger than the tokenizer's; the ids in between, and
     tokens without bytes, are never allowed. special_tokens: text to id, of the special tokens only.
@@ -46,12 +48,15 @@ class GrammarVocabulary:
 
     __slots__ = (
         "_blob",
+        "_containing",
+        "_first_bytes",
         "_ids",
         "_sorted",
         "_start_of_id",
         "_starts",
         "_text",
         "library",
+        "max_token_length",
         "num_words",
         "special_tokens",
         "token_bytes",
@@ -74,6 +79,7 @@ class GrammarVocabulary:
         self.num_words = num_mask_words(vocab_size)
         self.token_bytes: Sequence[bytes] = tokens
         self.token_lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))  # [vocab_size] int64
+        self.max_token_length = int(self.token_lengths.max(initial=0))  # bytes
         self.special_tokens = {tokens[i].decode("utf-8", "replace"): i for i in sorted(special) if tokens[i]}
         wrapper = _Wrapper(tokenizer, tokens, special=special, end=ends[0] if ends else None)
         self.library = llguidance.LLTokenizer(wrapper, eos_token=ends or None)
@@ -86,6 +92,8 @@ class GrammarVocabulary:
         self._blob = np.frombuffer(self._text, np.uint8)
         lengths = np.fromiter(map(len, self._sorted), np.int64, len(self._sorted)) + 1
         self._starts: NDArray[np.int64] = np.cumsum(lengths) - lengths  # [num_tokens] int64, places in _blob
+        self._first_bytes: list[int] = self._starts.tolist()  # the same, for single look-ups
+        self._containing: dict[bytes, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._start_of_id = np.zeros(vocab_size, np.int64)
         self._start_of_id[self._ids] = self._starts
 
@@ -119,17 +127,21 @@ class GrammarVocabulary:
 
         Both [n] int64. `part` is not empty and has no byte 255.
         """
-        if part not in self._text:
-            return self._ids[:0], self._ids[:0]
-        # Places where the first byte stands, then those of them where the second follows, and so on.
-        places = np.flatnonzero(self._blob == part[0])
-        for offset in range(1, len(part)):
-            places = places[places + offset < len(self._blob)]
-            places = places[self._blob[places + offset] == part[offset]]
-        tokens = np.searchsorted(self._starts, places, side="right") - 1
-        is_first = np.diff(tokens, prepend=-1) > 0
-        tokens, places = tokens[is_first], places[is_first]
-        return self._ids[tokens], places + len(part) - self._starts[tokens]
+        if (known := self._containing.get(part)) is not None:
+            return known
+        places = []
+        place = self._text.find(part)
+        while place >= 0:
+            places.append(place)
+            token = bisect_right(self._first_bytes, place)  # one place in each token is enough
+            place = self._text.find(part, self._first_bytes[token]) if token < len(self._first_bytes) else -1
+        found = np.asarray(places, np.int64)
+        tokens = np.searchsorted(self._starts, found, side="right") - 1
+        answer = self._ids[tokens], found + len(part) - self._starts[tokens]
+        if len(self._containing) >= _MAX_KNOWN_PARTS:
+            self._containing.clear()
+        self._containing[part] = answer
+        return answer
 
     def rests_equal(
         self, token_ids: NDArray[np.int64], ends: NDArray[np.int64], text: bytes

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graphllm.batch import ScheduledBatch, ScheduledRow, ScoredSpan
+from graphllm.batch import SamplePair, ScheduledBatch, ScheduledRow, ScoredSpan
 from graphllm.engine.engine import Engine, _check_prompt_logprobs
 from graphllm.engine.measured_rates import MeasuredRates
 from graphllm.engine.step_timer import StepTimer
@@ -402,15 +402,20 @@ def test_more_numbers_than_a_request_may_bring_back_are_refused(
     _check_prompt_logprobs(num_tokens, SamplingParams())
 
 
-def test_the_time_of_scoring_is_not_taken_for_that_of_prompts() -> None:
+@pytest.mark.parametrize("slow", ["scoring", "held"])
+def test_the_time_of_scoring_and_of_masks_is_not_taken_for_that_of_prompts(slow: str) -> None:
     """A prediction that is too long would launch the next step too late."""
     group = SequenceGroup("r", prompt(64), params=SCORE, seed=0, max_total_tokens=65)
     (leader,) = group.sequences
     plain = ScheduledBatch(1, rows=[ScheduledRow(leader, 0, 64)])
-    scoring = ScheduledBatch(2, rows=[ScheduledRow(leader, 0, 64)], spans=[ScoredSpan(0, leader, 0, 63, 1)])
+    other = ScheduledBatch(2, rows=[ScheduledRow(leader, 0, 64)])
+    if slow == "scoring":
+        other.spans.append(ScoredSpan(0, leader, 0, 63, 1))
+    else:
+        other.pairs.append(SamplePair(0, leader, 0, 1, held=True))
     timer, rates = StepTimer(), MeasuredRates(1)
-    for batch, seconds in ((plain, 0.010), (scoring, 1.0)):
+    for batch, seconds in ((plain, 0.010), (other, 1.0)):
         timer.observe_step(batch, seconds)
         rates.observe_step(batch, seconds)
-    assert (timer.predict(plain), timer.predict(scoring)) == (0.010, 1.0)
+    assert (timer.predict(plain), timer.predict(other)) == (0.010, 1.0)
     assert rates.seconds_to_prefill(64) == pytest.approx(0.010)

@@ -38,7 +38,7 @@ def test_the_same_request_is_compiled_once(byte_level: Bench) -> None:
     compiler = _compiler(byte_level)
     first = compiler.compile(StructuredOutputs(json={"type": "object"}))
     assert compiler.compile(StructuredOutputs(json='{"type":"object"}')) is first
-    assert compiler.compile(StructuredOutputs(json={"type": "object"}, starts_after=("x",))) is not first
+    assert compiler.compile(StructuredOutputs(json={"type": "object"}, starts_after=("xyz",))) is not first
     assert compiler.num_cached == 2
 
 
@@ -62,13 +62,13 @@ def test_cache_keeps_the_entries_used_last(byte_level: Bench) -> None:
 
 
 def test_cache_is_bounded_in_bytes(byte_level: Bench) -> None:
-    compiler = _compiler(byte_level, max_cache_bytes=5_000)
+    compiler = _compiler(byte_level, max_cache_bytes=2_000_000)
     for number in range(20):
         compiler.compile(StructuredOutputs(regex=f"{number}" + "a" * 1_000))
-        assert compiler.cached_bytes <= 5_000
-    assert 1 <= compiler.num_cached <= 4
-    compiler.compile(StructuredOutputs(json={"description": "x" * 10_000}))
-    assert compiler.cached_bytes <= 5_000
+        assert 0 < compiler.cached_bytes <= 2_000_000
+    assert 2 <= compiler.num_cached <= 7
+    compiler.compile(StructuredOutputs(regex="[a-z]{2,200}"))
+    assert compiler.num_cached == 0 and compiler.cached_bytes == 0, "it may grow to more than that by itself"
 
 
 def test_sequences_outlive_their_cache_entry(byte_level: Bench) -> None:
@@ -80,23 +80,48 @@ def test_sequences_outlive_their_cache_entry(byte_level: Bench) -> None:
     assert walk.output == b"abc"
 
 
-def test_a_defect_of_the_library_is_an_error_of_the_request(byte_level: Bench) -> None:
-    class Broken:
-        """A tokenizer that fails when forced text is to be cut into tokens."""
+class Breaking:
+    """A tokenizer that fails, once it is told to, when forced text is to be cut into tokens."""
 
-        vocab_size = byte_level.tokenizer.vocab_size
-        special_token_ids = byte_level.tokenizer.special_token_ids
-        eos_token_ids = byte_level.end_token_ids
+    def __init__(self, bench: Bench) -> None:
+        self._tokenizer = bench.tokenizer
+        self.vocab_size = bench.tokenizer.vocab_size
+        self.special_token_ids = bench.tokenizer.special_token_ids
+        self.eos_token_ids = bench.end_token_ids
+        self.is_broken = False
 
-        def token_bytes(self, token_id: int) -> bytes:
-            return byte_level.tokenizer.token_bytes(token_id)
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
 
-        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self.is_broken:
             raise OSError("no tokens today")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    compiler = GrammarCompiler(Broken(), vocab_size=500)
-    with pytest.raises(GraphLLMError, match="no tokens today"):
-        compiler.compile(StructuredOutputs(choice=("forced",)))
+
+def test_a_defect_of_the_library_is_ours_and_shows_only_in_the_log(
+    byte_level: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = Breaking(byte_level)
+    compiler = GrammarCompiler(tokenizer, vocab_size=500)
+    factory = compiler.compile(StructuredOutputs(regex="(ab|cd) and text that is forced"))
+    constraint, other = factory(), factory()
+    row = memoryview(bytearray(4 * 16)).cast("i")
+    constraint.restrict(row)
+    constraint.accept(byte_level.id_of("a"))
+    tokenizer.is_broken = True
+    for fail in (
+        lambda: compiler.compile(StructuredOutputs(choice=("forced",))),
+        lambda: constraint.restrict(row),
+    ):
+        caplog.clear()
+        with pytest.raises(GraphLLMError, match="library failed") as caught:
+            fail()
+        assert caught.value.status == 500 and "no tokens" not in caught.value.message
+        assert "no tokens today" in caplog.text
+    tokenizer.is_broken = False
+    other.restrict(row)
+    other.accept(byte_level.id_of("c"))
 
 
 def _compiler(bench: Bench, **limits: int) -> GrammarCompiler:

@@ -6,12 +6,14 @@ import json
 
 import pytest
 
-from graphllm.errors import ConstraintViolation
+from graphllm.errors import ConstraintViolation, InvalidRequestError
+from graphllm.structured.limits import GrammarLimits
 from graphllm.structured_outputs import StructuredOutputs
 from tests.structured.conftest import Bench
 from tests.structured.walks import Walk
 
 THINK = "</think>"
+SHORT_MARKERS = GrammarLimits(min_marker_length=1)
 DIGITS = StructuredOutputs(regex="[0-9]{3}", starts_after=(THINK,))
 
 
@@ -103,8 +105,14 @@ def test_token_that_completes_the_marker_across_two_tokens_is_judged_too(byte_le
         walk.take(longer)
 
 
+def test_marker_of_less_than_three_letters_is_refused(byte_level: Bench) -> None:
+    with pytest.raises(InvalidRequestError, match="at least 3 characters"):
+        byte_level.compiler.compile(StructuredOutputs(regex="[0-9]", starts_after=("</think>", "ab")))
+
+
 def test_short_marker_has_to_end_where_a_token_ends(byte_level: Bench) -> None:
-    walk = byte_level.walk(StructuredOutputs(regex="[a-z ]{5}", starts_after=("e", "t", "o", " ")))
+    short = Bench.of(byte_level.tokenizer, byte_level.end_token_ids, SHORT_MARKERS)
+    walk = short.walk(StructuredOutputs(regex="[a-z ]{5}", starts_after=("e", "t", "o", " ")))
     for _ in range(30):
         token = walk.draw.choice(walk.allowed().tolist())
         walk.take(token)
@@ -114,6 +122,8 @@ def test_short_marker_has_to_end_where_a_token_ends(byte_level: Bench) -> None:
 
 def test_random_outputs_are_valid_behind_the_marker(bench: Bench) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    # Of three letters, none would be met by chance.
+    bench = Bench.of(bench.tokenizer, bench.end_token_ids, SHORT_MARKERS)
     structured = StructuredOutputs(json=schema, starts_after=("e", "th"))
     for seed in range(30):
         walk = bench.walk(structured, seed)

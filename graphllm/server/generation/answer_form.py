@@ -21,7 +21,11 @@ def calls_or_form(calls: str, form: StructuredOutputs) -> StructuredOutputs | No
     if answer is None or form.whitespace_pattern is not None or not calls.startswith(_START):
         return None
     rules = f"start: calls | answer\ncalls:{calls.removeprefix(_START).rstrip()}\n{answer}\n"
-    return StructuredOutputs(grammar=rules, starts_after=form.starts_after)
+    return StructuredOutputs(
+        grammar=rules,
+        starts_after=form.starts_after,
+        disable_additional_properties=form.disable_additional_properties,
+    )
 
 
 def _answer_rules(form: StructuredOutputs) -> str | None:

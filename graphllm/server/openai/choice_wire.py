@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -213,7 +214,7 @@ class ChoiceWire(Wire):
     def _prompt_of(self, choice: Choice) -> int:
         return choice.index // self._options.num_choices_per_prompt
 
-    def _scores(self, choice: Choice) -> Sequence[TokenScore]:
+    def _scores(self, choice: Choice) -> Iterable[TokenScore]:
         """The tokens that a choice's `logprobs` are about."""
         return choice.logprobs
 
@@ -245,16 +246,23 @@ class _JsonLists:
         return {**lists, **self._others}
 
 
-def _slices(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """A few entries at a time; once, with none, where there are none."""
-    for start in range(0, max(1, len(entries)), _SLICE_TOKENS):
-        yield entries[start : start + _SLICE_TOKENS]
+def _slices(entries: Iterable[Any]) -> Iterator[Sequence[Any]]:
+    """A few entries at a time, made as they are taken; once, with none, where there are none."""
+    iterator = iter(entries)
+    yield list(islice(iterator, _SLICE_TOKENS))
+    while part := list(islice(iterator, _SLICE_TOKENS)):
+        yield part
 
 
 def scores_of_prompt(
     token_ids: Sequence[int], scores: Sequence[TokenLogprob | None] | None
-) -> list[TokenScore]:
-    """An echoed prompt's tokens as `logprobs` show them; the first has no log probability."""
+) -> Iterator[TokenScore]:
+    """An echoed prompt's tokens as `logprobs` show them; the first has no log probability.
+
+    One at a time: all those of a long prompt take hundreds of milliseconds to make.
+    """
     if scores is None:
-        return list(token_ids)
-    return [token_id if score is None else score for token_id, score in zip(token_ids, scores, strict=True)]
+        yield from token_ids
+        return
+    for token_id, score in zip(token_ids, scores, strict=True):
+        yield token_id if score is None else score

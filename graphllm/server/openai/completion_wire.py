@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import orjson
@@ -43,7 +44,7 @@ class CompletionWire(ChoiceWire):
             choice,
             middle,
             extras=self._opening_extras(),
-            scores=self._prompt_scores(choice) if has_scores else None,
+            scores=list(self._prompt_scores(choice)) if has_scores else None,
             members=members,
         )
 
@@ -58,12 +59,12 @@ class CompletionWire(ChoiceWire):
     ) -> bytes:
         raise AssertionError("a completion's text is not read")
 
-    def _scores(self, choice: Choice) -> Sequence[TokenScore]:
+    def _scores(self, choice: Choice) -> Iterable[TokenScore]:
         if self._options.echoes is None:
             return choice.logprobs
-        return [*self._prompt_scores(choice), *choice.logprobs]
+        return chain(self._prompt_scores(choice), choice.logprobs)
 
-    def _prompt_scores(self, choice: Choice) -> list[TokenScore]:
+    def _prompt_scores(self, choice: Choice) -> Iterator[TokenScore]:
         return scores_of_prompt(self._options.prompts[self._prompt_of(choice)], choice.prompt_logprobs)
 
     def _logprobs(self, choice: Choice, logprobs: Sequence[TokenScore]) -> dict[str, Any]:

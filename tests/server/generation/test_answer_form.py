@@ -75,10 +75,14 @@ def test_a_required_call_is_a_call_and_nothing_else() -> None:
     assert is_allowed(one, CALL) and not is_allowed(one, CALL + "\n" + CALL)
 
 
-def test_whitespace_between_the_parts_of_json_can_be_chosen() -> None:
+def test_whitespace_and_further_properties_can_be_chosen() -> None:
     form = {"json": SCHEMA}
     assert is_allowed(asked(structured_outputs=form), '{"a": 1}')
     none = asked(structured_outputs={**form, "disable_any_whitespace": True})
     assert is_allowed(none, '{"a":1}') and not is_allowed(none, '{"a": 1}')
+    is_open = asked(structured_outputs={**form, "disable_additional_properties": False})
+    assert is_allowed(is_open, '{"a": 1,"b":2}') and not is_allowed(none, '{"a":1,"b":2}')
+    with_tools = asked(structured_outputs={**form, "disable_additional_properties": False}, tools=[TOOL])
+    assert is_allowed(with_tools, '{"a": 1,"b":2}')
     two = asked(guided_json=SCHEMA, guided_whitespace_pattern=" {0,2}")
     assert is_allowed(two, '{"a":  1}') and not is_allowed(two, '{"a":   1}')

@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import time
+from array import array
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from graphllm.errors import ContextLengthError, EngineUnavailableError, StepFailedError
-from graphllm.outputs import FinishReason, SequenceDelta, TokenLogprob
+from graphllm.outputs import FinishReason, PromptLogprobs, PromptScores, SequenceDelta, TokenLogprob
 from graphllm.sampling_params import SamplingParams
 from graphllm.server.generation.replies import PromptSink, StreamedReply, WholeReply
 from graphllm.server.generation.request import GenerationRequest
+from graphllm.server.generation.wire import Choice, Usage
 from graphllm.server.http import Headers, Request, Response
 from graphllm.server.openai.chat_wire import ChatWire
 from graphllm.server.openai.choice_wire import WireOptions
@@ -351,6 +354,37 @@ def test_a_long_answer_is_put_together_in_slices() -> None:
 
     # The best of three: others use the machine too. All of it takes 50 ms and more.
     assert min(asyncio.run(test()) for _ in range(3)) < 0.02
+
+
+class CountedLogprobs(PromptLogprobs):
+    """Counts the entries that were made of it."""
+
+    num_made = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_made += 1
+        return super().__getitem__(index)
+
+
+def test_scores_of_an_echoed_prompt_are_made_a_few_at_a_time() -> None:
+    token_ids = [0, 1, 2] * 1000
+    scores = CountedLogprobs(token_ids, 1)
+    num_scored = len(token_ids) - 1
+    numbers, ids = array("f", [-1.0]) * num_scored, array("i", [1]) * num_scored
+    scores.append(PromptScores(numbers, ids, ids, numbers))
+    tokenizer: Any = FakeTokenizer(TOKENS)
+    echo = "Hello world!" * 1000
+    options = WireOptions(model="test", logprobs=True, prompts=[token_ids], echoes=[echo])
+    wire = CompletionWire(tokenizer, options)
+    choice = Choice(0, prompt_logprobs=scores, logprobs=[TokenLogprob(2, -0.5, ((2, -0.5),))])
+    made = [scores.num_made for _ in wire.preparation([choice])]
+    assert made[0] < 50 and made[-1] >= len(token_ids)
+    assert max(after - before for before, after in pairwise(made)) < 50
+    logprobs = json.loads(wire.whole([choice], Usage(prompt_tokens=3000, completion_tokens=1)))["choices"][0][
+        "logprobs"
+    ]
+    assert logprobs["tokens"] == ["Hello", " world", "!"] * 1000 + ["!"]
+    assert logprobs["token_logprobs"] == [None, *[-1.0] * num_scored, -0.5]
 
 
 def test_an_answer_that_cannot_be_written_is_a_500(monkeypatch: pytest.MonkeyPatch) -> None:
