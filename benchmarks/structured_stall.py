@@ -3,7 +3,8 @@
     python -m benchmarks.structured_stall [--rounds 6] [--streams 8] [--vocabulary 128256] [--output]
 
 Streams of plain text run while one client sends short requests one after another. In turns those are plain
-too, or each brings a JSON schema that the server has never seen. The model is small, so that a step takes
+too, or each brings a JSON schema that the server has never seen: an ordinary one, or ("hostile") one that is
+just within what the server accepts. The model is small, so that a step takes
 about as long as on a card and a stall of a few milliseconds shows. Owns the comparison; the client is
 `sse_client.py`.
 """
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,40 @@ def schema(draw: random.Random) -> dict[str, Any]:
     return members(2, 12)
 
 
+def hostile_schema(draw: random.Random) -> dict[str, Any]:
+    """An object that is nearly too large to be compiled; no two alike."""
+    formats = ("date-time", "email", "hostname", "ipv6", "uri", "duration")
+    kinds: tuple[tuple[int, Callable[[int], dict[str, Any]]], ...] = (
+        (300, lambda i: {"type": "string"}),
+        (80, lambda i: {"type": "number", "minimum": -i * 1.23, "maximum": 7.5 * i + 9}),
+        (70, lambda i: {"type": "string", "format": formats[i % len(formats)]}),
+        (140, lambda i: {"type": "string", "pattern": f"^[a-z]{{2,5}}.*x{{1,{i + 1}}}"}),
+        (6, lambda i: {"enum": [f"{draw.randrange(10**20):020}" for _ in range(150)]}),
+    )
+    count, member = draw.choice(kinds)
+    return {
+        "type": "object",
+        "properties": {f"field_{draw.randrange(10**6)}_{i}": member(i) for i in range(count)},
+    }
+
+
+SCHEMAS: dict[str, Callable[[random.Random], dict[str, Any]] | None] = {
+    "plain": None,
+    "structured": schema,
+    "hostile": hostile_schema,
+}
+
+
 def stream_body(number: int) -> bytes:
     """A background stream."""
     return _body(prompt=f"stream {number}", max_tokens=STREAM_TOKENS, ignore_eos=True)
 
 
-def visitor_body(draw: random.Random, *, structured: bool) -> bytes:
-    """A short request, with a schema of its own or without."""
+def visitor_body(draw: random.Random, kind: str) -> bytes:
+    """A short request, with a schema of its own or without. kind: one of SCHEMAS."""
     fields: dict[str, Any] = {"prompt": f"visitor {draw.randrange(10**9)}", "max_tokens": 8}
-    if structured:
-        fields["structured_outputs"] = {"json": schema(draw)}
+    if (make := SCHEMAS[kind]) is not None:
+        fields["structured_outputs"] = {"json": make(draw)}
     return _body(**fields)
 
 
@@ -101,18 +126,18 @@ async def exchange(endpoint: Endpoint, body: bytes) -> tuple[float, ...]:
 
 
 async def run_round(
-    endpoint: Endpoint, draw: random.Random, *, num_streams: int, structured: bool
+    endpoint: Endpoint, draw: random.Random, *, num_streams: int, kind: str
 ) -> tuple[list[float], int]:
     """Gaps between tokens of the streams, in seconds, and how many visitors came meanwhile."""
     streams = [asyncio.create_task(exchange(endpoint, stream_body(i))) for i in range(num_streams)]
     num_visitors = 0
     while not all(stream.done() for stream in streams):
-        await exchange(endpoint, visitor_body(draw, structured=structured))
+        await exchange(endpoint, visitor_body(draw, kind))
         num_visitors += 1
     gaps = []
     for stream in streams:
         times = stream.result()
-        # A visitor's own prompt is a step of its own kind; both kinds of visitor have it.
+        # A visitor's own prompt is a step of its own kind; all kinds of visitor have it.
         gaps += [later - earlier for earlier, later in itertools.pairwise(times)]
     return gaps, num_visitors
 
@@ -130,25 +155,19 @@ def summary(gaps: Sequence[float]) -> dict[str, float]:
 
 async def measure(endpoint: Endpoint, *, rounds: int, num_streams: int) -> dict[str, Any]:
     draw = random.Random(0)
-    gaps: dict[bool, list[float]] = {False: [], True: []}
-    visitors = {False: 0, True: 0}
-    await run_round(endpoint, draw, num_streams=num_streams, structured=True)  # warms up
-    for number in range(2 * rounds):
-        structured = number % 2 == 1
-        new_gaps, num_visitors = await run_round(
-            endpoint, draw, num_streams=num_streams, structured=structured
-        )
-        gaps[structured] += new_gaps
-        visitors[structured] += num_visitors
-    return {
-        "plain": {"visitors": visitors[False], **summary(gaps[False])},
-        "structured": {"visitors": visitors[True], **summary(gaps[True])},
-    }
+    gaps: dict[str, list[float]] = {kind: [] for kind in SCHEMAS}
+    visitors = dict.fromkeys(SCHEMAS, 0)
+    await run_round(endpoint, draw, num_streams=num_streams, kind="structured")  # warms up
+    for kind in list(SCHEMAS) * rounds:
+        new_gaps, num_visitors = await run_round(endpoint, draw, num_streams=num_streams, kind=kind)
+        gaps[kind] += new_gaps
+        visitors[kind] += num_visitors
+    return {kind: {"visitors": visitors[kind], **summary(gaps[kind])} for kind in SCHEMAS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="rounds of either kind, in turns")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of each kind, in turns")
     parser.add_argument("--streams", type=int, default=8, help="streams that are watched")
     parser.add_argument("--vocabulary", type=int, default=128256, help="tokens in the model's vocabulary")
     parser.add_argument("--output", action="store_true", help=f"append the run to {RESULTS.name}")
@@ -173,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "vocabulary": options.vocabulary,
         **result,
     }
-    for name in ("plain", "structured"):
+    for name in SCHEMAS:
         print(name, result[name])
     if options.output:
         with RESULTS.open("a", encoding="utf-8") as file:

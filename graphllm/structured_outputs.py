@@ -26,6 +26,9 @@ class StructuredOutputs:
     object. regex: the whole output matches it. choice: the output is one of these texts. grammar: Lark, or
     GBNF/EBNF.
     whitespace_pattern: a regex for the whitespace between JSON's parts, None for the compiler's own.
+    disable_additional_properties: whether objects of a schema that lists their properties and does not say
+    whether others may follow have no others; None for the compiler's own choice, which is that they have
+    none.
     starts_after: the output is free until the first of these texts has appeared in it, for example
     "</think>", and constrained behind it; empty: constrained at once.
 
@@ -38,6 +41,7 @@ class StructuredOutputs:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     whitespace_pattern: str | None = None
+    disable_additional_properties: bool | None = None
     starts_after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,6 +51,9 @@ class StructuredOutputs:
         object.__setattr__(self, "starts_after", _as_texts("starts_after", self.starts_after))
         if not isinstance(self.json_object, bool):
             raise _error(f"json_object must be true or false, not {self.json_object!r:.60}.")
+        closes = self.disable_additional_properties
+        if not isinstance(closes, bool | None):
+            raise _error(f"disable_additional_properties must be true or false, not {closes!r:.60}.")
         for name in ("regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
         given = [name for name in _KINDS if getattr(self, name) not in (None, False)]

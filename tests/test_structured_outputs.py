@@ -31,6 +31,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"choice": "abc"}, "choice must be"),
     ({"choice": [1]}, "choice must be"),
     ({"regex": "a", "whitespace_pattern": 1}, "whitespace_pattern must be"),
+    ({"json": "{}", "disable_additional_properties": 1}, "disable_additional_properties must be"),
     ({"regex": "a", "starts_after": "x"}, "starts_after must be"),
     ({"regex": "a", "starts_after": [""]}, "starts_after"),
     ({"regex": "a", "starts_after": ["x" * 300]}, "starts_after"),

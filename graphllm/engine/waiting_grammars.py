@@ -67,6 +67,7 @@ class WaitingGrammars:
             if compilation.cancelled():
                 raise EngineUnavailableError("The server is shutting down.")
             give_constraints(request.group, pending.complete(compilation.result()))
+            self._admit(request.group, request.sink)  # may refuse it too, for its stop strings
         except GraphLLMError as error:
             # Others wait for the same grammar, and each may put its error into words of its own.
             self._fail(request, copy.copy(error))
@@ -75,7 +76,6 @@ class WaitingGrammars:
             self._fail(request, GraphLLMError(f"Internal error: {error}"))
         else:
             del self._requests[request.group.request_id]
-            self._admit(request.group, request.sink)
 
     def _fail(self, request: _Waiting, error: GraphLLMError) -> None:
         # One answer may stand behind several requests: its failure aborts the others.

@@ -120,6 +120,21 @@ def test_failed_compilation_ends_the_requests_that_wait_for_it(
     asyncio.run(scenario())
 
 
+def test_a_request_that_cannot_join_after_its_grammar_is_told_so(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running_engine(tiny_model) as engine:
+            compiler = installed(engine)
+            refused = add(engine, "refused", [1], words("ab", stop=("x" * 2000,)))
+            compiler.finish()
+            await ended(refused)
+            assert isinstance(refused.error, InvalidRequestError) and refused.error.param == "stop"
+            assert engine.num_unfinished_requests == 0
+            await settle(engine)
+            assert_nothing_held(engine)
+
+    asyncio.run(scenario())
+
+
 def test_request_that_is_aborted_while_it_waits_is_forgotten(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running_engine(tiny_model) as engine:
