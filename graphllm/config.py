@@ -212,6 +212,15 @@ class EngineConfig:
     gguf_file: str | None = option(
         None, "Which GGUF file of a Hub repository or folder to serve.", metavar="FILE"
     )
+    model_impl: str = option(
+        "auto",
+        "Who computes the model: graphllm's own decoder, or transformers' module with graphllm's paged "
+        "attention, which is slower; auto takes the latter for architectures that the former does not have.",
+        choices=("auto", "graphllm", "transformers"),
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the checkpoint: it can do whatever you can."
+    )
     load_format: str = option(
         "auto",
         "Where the weights come from: auto reads the checkpoint, dummy draws random ones of the same shapes, "

@@ -75,6 +75,7 @@ MAX_KERNEL_TESTS_AT_ONCE = 8
 NEEDED_PACKAGES = (
     "gguf",
     "httptools",
+    "huggingface_hub",
     "jinja2",
     "msgspec",
     "numpy",

@@ -3,7 +3,7 @@
     python -m tools.update_model_table [--check]
 
 Owns the table's form. Which families and variants there are is said by the lists behind the equality tests,
-`tests/models/families.py` and `tests/models/moe_families.py`.
+`tests/models/families.py`, `moe_families.py` and `text_part_families.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from tests.models.families import FAMILIES
 from tests.models.moe_families import MOE_FAMILIES
+from tests.models.text_part_families import TEXT_PART_FAMILIES
 
+PROVEN_FAMILIES = FAMILIES + MOE_FAMILIES + TEXT_PART_FAMILIES
 MODELS = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN = "<!-- families: written by tools/update_model_table.py -->"
 END = "<!-- end of families -->"
@@ -23,7 +25,7 @@ END = "<!-- end of families -->"
 def families_table() -> str:
     """The families as a Markdown table, dense ones first."""
     lines = ["| family | models | `architectures` | proven in these variants |", "| --- | --- | --- | --- |"]
-    for family in FAMILIES + MOE_FAMILIES:
+    for family in PROVEN_FAMILIES:
         variants = "; ".join(family.variants)
         lines.append(f"| {family.name} | {family.models} | `{family.architecture}` | {variants} |")
     return "\n".join(lines)

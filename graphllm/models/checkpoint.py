@@ -1,26 +1,28 @@
 """What a source of weights offers, and which source a path is.
 
 Owns the `Checkpoint` protocol, `open_model` (folder, GGUF file, or for random weights a configuration
-alone) and `resolve_model_path` (what `--model` may say). Does not know model families: a checkpoint
-hands out Hugging Face names, Hugging Face config keys and tensors, and `weights.py` turns them into
-parameters.
+alone) and `resolve_model_path` (what `--model` may say). How a Hub repository is fetched is `hub.py`'s.
+Does not know model families: a checkpoint hands out Hugging Face names, Hugging Face config keys and
+tensors, and `weights.py` turns them into parameters.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from graphllm.config import DEMO_MODEL
-from graphllm.errors import CheckpointError
+from graphllm.config import DEMO_MODEL, EngineConfig
+from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.demo import demo_model_path
 from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
+from graphllm.models.hub import HubModel, check_revision, fetch_hub_model, parse_hub_name
 from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.tokenizer.tokenizer import Tokenizer
 
@@ -85,21 +87,72 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: neither a folder in Hugging Face layout nor a GGUF file.")
 
 
-def resolve_model_path(name: str) -> Path:
-    """Turn the value of `--model` into a path: 'demo' (fetched when missing) or a local path.
+def resolve_model(config: EngineConfig, *, with_weights: bool = True) -> Path:
+    """The path of the configured model, fetched first where it is on the Hub or the demo model.
 
-    'demo' always means the demo model; a folder of that name is './demo'. Raises CheckpointError.
+    with_weights: whether a Hub repository's weights are wanted too. Raises CheckpointError, and ConfigError
+    for flags that contradict each other.
+    """
+    return resolve_model_path(
+        config.model,
+        revision=config.revision,
+        gguf_file=config.gguf_file,
+        with_weights=with_weights and config.load_format != "dummy",
+        with_code=config.trust_remote_code,
+    )
+
+
+def resolve_model_path(
+    name: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    with_weights: bool = True,
+    with_code: bool = False,
+) -> Path:
+    """Turn the value of `--model` into a path: 'demo' (fetched when missing), a path, or a Hub repository.
+
+    'demo' always means the demo model; a folder of that name is './demo'. What exists is a path, whatever
+    it looks like. revision and gguf_file: `--revision` and `--gguf-file`; the latter also of a folder.
+    with_code: also a repository's Python files. Blocks while downloading. Raises CheckpointError, and
+    ConfigError for flags that have no meaning here.
     """
     if name == DEMO_MODEL:
+        _refuse_hub_flags(name, "the demo model", revision=revision, gguf_file=gguf_file)
         return demo_model_path()
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
-        return path
-    parts = name.split("/")
-    is_a_file_name = path.suffix in (".gguf", ".json")
-    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not is_a_file_name:
-        raise CheckpointError(
-            f"{name}: no such file or folder. If a repository on the Hugging Face Hub is meant: "
-            "downloads are not supported yet; fetch it yourself and give the local folder."
+        is_folder = path.is_dir()
+        _refuse_hub_flags(
+            name, "a path of this machine", revision=revision, gguf_file=None if is_folder else gguf_file
         )
-    raise CheckpointError(f"{name}: no such file or folder.")
+        return path / gguf_file if gguf_file is not None else path
+    model = parse_hub_name(name)
+    if model is None:
+        raise CheckpointError(
+            f"{name}: no such file or folder, and not a repository on the Hugging Face Hub, which is written "
+            "org/name, org/name@revision or org/name:file.gguf."
+        )
+    return fetch_hub_model(
+        _with_flags(name, model, revision=revision, gguf_file=gguf_file),
+        with_weights=with_weights,
+        with_code=with_code,
+    )
+
+
+def _refuse_hub_flags(name: str, what: str, *, revision: str | None, gguf_file: str | None) -> None:
+    for flag, value in (("--revision", revision), ("--gguf-file", gguf_file)):
+        if value is not None:
+            raise ConfigError(f"{flag} {value} has no meaning with --model {name}, which is {what}.")
+
+
+def _with_flags(name: str, model: HubModel, *, revision: str | None, gguf_file: str | None) -> HubModel:
+    for flag, value, named in (
+        ("--revision", revision, model.revision),
+        ("--gguf-file", gguf_file, model.gguf_file),
+    ):
+        if None not in (value, named) and value != named:
+            raise ConfigError(f"{flag} {value} contradicts --model {name}.")
+    if revision is not None:
+        check_revision(revision)
+    return replace(model, revision=revision or model.revision, gguf_file=gguf_file or model.gguf_file)

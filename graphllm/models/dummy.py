@@ -19,6 +19,7 @@ from graphllm.errors import CheckpointError
 from graphllm.layers.norm import Norm
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
+from graphllm.models.registry import find_family, read_model_config
 from graphllm.tokenizer.byte_level import byte_level_tokenizer
 from graphllm.tokenizer.tokenizer import Tokenizer
 
@@ -56,6 +57,8 @@ class DummyCheckpoint:
         if (self.path / "tokenizer.json").is_file():
             return Tokenizer.from_folder(self.path)
         vocab_size = self.hf_config.get("vocab_size")
+        if "text_config" in self.hf_config:  # of which a file may say next to nothing
+            vocab_size = read_model_config(self, find_family(self)).vocab_size
         if not isinstance(vocab_size, int):
             raise CheckpointError(f"{self.path}: configuration key 'vocab_size' is {vocab_size!r}.")
         try:

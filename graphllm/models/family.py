@@ -30,7 +30,8 @@ class Family:
     alternative_names: a module's other name, for checkpoints that have that one. layouts: what is stored
     otherwise than the decoder has it, by module of `Decoder`. optional_prefix: begins the names in some
     checkpoints and not in others. ignored_weights: tensors that some checkpoints carry and nobody
-    needs, in full. spare_layers: begins the names of layers; those behind the model's last are not used.
+    needs, in full; with a dot at the end, all whose names begin so. spare_layers: begins the names of layers;
+    those behind the model's last are not used.
     unpack: makes plain numbers of tensors that some checkpoints store packed.
     """
 

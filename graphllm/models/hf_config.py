@@ -16,6 +16,8 @@ import torch
 from graphllm.errors import CheckpointError
 from graphllm.models.hf_keys import GENERATION_KEYS, HARMLESS_KEYS, NEUTRAL_VALUES
 
+MAX_SIZE = 2**31 - 1
+MAX_NUM_LAYERS = 2048
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +55,16 @@ class HFConfig:
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.refuse(key, self._found(value, "a positive integer"))
+        if value > MAX_SIZE:
+            self.refuse(key, f"is {_short(value)}, more than any model has")
         return value
+
+    def num_layers(self) -> int:
+        """`num_hidden_layers`, bounded: lists of that length are made before a tensor is looked for."""
+        number = self.positive_int("num_hidden_layers")
+        if number > MAX_NUM_LAYERS:
+            self.refuse("num_hidden_layers", f"is {number}; at most {MAX_NUM_LAYERS} are supported")
+        return number
 
     def non_negative_int(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
@@ -118,12 +129,17 @@ class HFConfig:
         self.get("torch_dtype")
         return _DTYPES.get(str(name).removeprefix("torch."))
 
-    def section(self, key: str) -> HFConfig:
-        """An object inside the configuration, {} when absent; it has a `check_understood` of its own."""
+    def section(self, key: str, defaults: Mapping[str, Any] | None = None) -> HFConfig:
+        """An object inside the configuration, {} when absent; it has a `check_understood` of its own.
+
+        defaults: what it says where it leaves a key out.
+        """
         values = self.get(key, {})
         if not isinstance(values, dict):
             self.refuse(key, self._found(values, "an object"))
-        return HFConfig(values, self.path, section=f"{self._section}{self._names.get(key, key)}.")
+        return HFConfig(
+            {**(defaults or {}), **values}, self.path, section=f"{self._section}{self._names.get(key, key)}."
+        )
 
     def sections(self) -> list[str]:
         """The keys that are objects themselves."""
@@ -139,10 +155,18 @@ class HFConfig:
         for key, value in self._values.items():
             if key in self._read or key in HARMLESS_KEYS or key in GENERATION_KEYS or value is None:
                 continue
+            if key == "quantization_config":
+                self._refuse_packing()
             if key not in NEUTRAL_VALUES:
                 self.refuse(key, f"({_short(value)}) is not understood, and may change the mathematics")
             if value != NEUTRAL_VALUES[key]:
                 self.refuse(key, f"is {_short(value)}, which is not supported")
+
+    def _refuse_packing(self) -> NoReturn:
+        """For families of which no packed weights are read."""
+        packing = self.section("quantization_config").get("quant_method", "in an unnamed way")
+        reason = f"says that weights are packed ({_short(packing)}), which is not understood"
+        self.refuse("quantization_config", f"{reason}; versions in 16 or 32 bits are served")
 
     @staticmethod
     def _found(value: object, wanted: str) -> str:
@@ -153,7 +177,10 @@ def is_positive_number(value: object) -> bool:
     """A finite int or float above zero (JSON's true is neither)."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return math.isfinite(value) and value > 0
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _short(value: object) -> str:

@@ -12,6 +12,7 @@ from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.hf_config import HFConfig
 from graphllm.models.hf_rope import FULL, SLIDING, RopeDefaults, read_rotary
 
+_MAX_HEAD_DIM = 8192
 PLAIN_ROPE = RopeDefaults()
 ACTIVATIONS = {
     "silu": "silu",
@@ -52,6 +53,8 @@ def read_decoder_config(
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} heads")
     head_dim = config.positive_int("head_dim", max(1, hidden_size // num_heads))
+    if head_dim > _MAX_HEAD_DIM:
+        config.refuse("head_dim", f"is {head_dim}; at most {_MAX_HEAD_DIM} is supported")
     max_position_embeddings = config.positive_int("max_position_embeddings", max_position_embeddings)
     bos_token_ids = config.token_ids("bos_token_id")
     return ModelConfig(
@@ -90,7 +93,7 @@ def read_layer_types(
     Where the file has none: `default`, or, with `every`, each every-th layer full and the others with a
     window; otherwise all full. Raises CheckpointError for other types and another number of them.
     """
-    num_layers = config.positive_int("num_hidden_layers")
+    num_layers = config.num_layers()
     if default is None:
         default = [
             SLIDING if every is not None and (layer + 1) % every else FULL for layer in range(num_layers)
@@ -105,7 +108,7 @@ def read_layer_types(
 
 def same_layer_types(config: HFConfig, name: str) -> list[str]:
     """The same type for every layer."""
-    return [name] * config.positive_int("num_hidden_layers")
+    return [name] * config.num_layers()
 
 
 def _read_layers(

@@ -53,6 +53,7 @@ HARMLESS_KEYS = frozenset(
         "num_labels",
         "output_attentions",
         "output_hidden_states",
+        "output_past",
         "output_router_logits",
         "pretraining_tp",
         "problem_type",

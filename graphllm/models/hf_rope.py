@@ -180,7 +180,8 @@ def _read_yarn(rope: HFConfig, original: int, *, extended: int) -> YarnRopeScali
         numerator = _attention_factor(factor, rope.positive_float("mscale"))
         attention_factor = numerator / _attention_factor(factor, rope.positive_float("mscale_all_dim"))
     else:
-        attention_factor = _attention_factor(factor, 1.0)
+        # The second one is what an R1 distillate's file has, and transformers reads over.
+        attention_factor = _attention_factor(factor, 1.0) * rope.positive_float("attn_factor", 1.0)
     return YarnRopeScaling(
         factor=factor,
         original_max_position_embeddings=original,

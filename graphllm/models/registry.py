@@ -33,6 +33,7 @@ from graphllm.models.families.qwen3_moe import QWEN3_MOE
 from graphllm.models.families.smollm3 import SMOLLM3
 from graphllm.models.families.stablelm import STABLELM
 from graphllm.models.families.starcoder2 import STARCODER2
+from graphllm.models.families.text_parts import GEMMA3_TEXT_PART, MISTRAL3_TEXT_PART
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 
@@ -69,6 +70,8 @@ FAMILIES = (
     GPT_OSS,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GEMMA3_TEXT_PART,
+    MISTRAL3_TEXT_PART,
 )
 
 

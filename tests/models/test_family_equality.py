@@ -14,8 +14,9 @@ from tests.models.equality import (
 from tests.models.families import FAMILIES as DENSE_FAMILIES
 from tests.models.families import FamilyCases
 from tests.models.moe_families import MOE_FAMILIES
+from tests.models.text_part_families import TEXT_PART_FAMILIES
 
-FAMILIES = DENSE_FAMILIES + MOE_FAMILIES
+FAMILIES = DENSE_FAMILIES + MOE_FAMILIES + TEXT_PART_FAMILIES
 VARIANTS = [
     pytest.param(family, variant, id=f"{family.name}: {variant}")
     for family in FAMILIES

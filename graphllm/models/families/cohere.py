@@ -26,7 +26,6 @@ _EXPECTED = {
     "use_embedding_sharing": True,
     "use_gated_activation": True,
     "use_parallel_block": True,
-    "use_parallel_embedding": False,
 }
 
 
@@ -56,6 +55,7 @@ def read_cohere2(config: HFConfig) -> ModelConfig:
     """Files without `layer_types` say how often a layer sees everything."""
     for key, value in _EXPECTED.items():
         config.expect(key, value)
+    config.get("use_parallel_embedding")  # how training laid the table out
     every = config.positive_int("sliding_window_pattern", config.positive_int("layer_switch", 4))
     base = _read_common(config, theta=10000.0, layer_types=read_layer_types(config, every=every))
     layers = tuple(

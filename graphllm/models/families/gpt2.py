@@ -14,8 +14,9 @@ from graphllm.models.weight_layouts import transposed
 
 def read_config(config: HFConfig) -> ModelConfig:
     """Everything but the head has a bias."""
-    for key in ("n_ctx", "reorder_and_upcast_attn"):
+    for key in ("n_ctx", "predict_special_tokens", "reorder_and_upcast_attn"):
         config.get(key)  # of no effect on results
+    config.expect("n_special", 0)
     config.expect("scale_attn_by_inverse_layer_idx", False)
     config = config.renamed(
         hidden_act="activation_function",

@@ -28,7 +28,7 @@ def read_config(config: HFConfig) -> ModelConfig:
     config.get("initial_context_length")  # rotary's original context once more
     config.get("sliding_window")  # of no effect where no layer has one
     attention_bias = config.flag("attention_bias", default=True)
-    num_layers = config.positive_int("num_hidden_layers")
+    num_layers = config.num_layers()
     alternating = [FULL if layer % 2 else SLIDING for layer in range(num_layers)]
     base = read_decoder_config(
         config,

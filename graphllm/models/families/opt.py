@@ -22,6 +22,8 @@ def read_config(config: HFConfig) -> ModelConfig:
     """One switch covers all biases but those of norms."""
     config.expect("layer_norm_elementwise_affine", True)
     config.expect("_remove_final_layer_norm", False)
+    config.expect("learned_embeddings", True)  # of the positions, in Galactica's files
+    config.expect("scale_embeddings", False)
     bias = config.flag("enable_bias", default=True)
     base = read_decoder_config(
         config.renamed(hidden_act="activation_function", intermediate_size="ffn_dim"),

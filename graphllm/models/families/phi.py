@@ -25,6 +25,9 @@ def read_config(config: HFConfig) -> ModelConfig:
         rope=RopeDefaults(partial_rotary_factor=0.5),
         default_activation="gelu_new",
     )
+    rotary = base.layers[0].rotary
+    assert rotary is not None
+    config.expect("rotary_dim", rotary.rotary_dim)  # the same once more, in some files
     has_qk_norm = config.flag("qk_layernorm", default=False)
     if base.tie_word_embeddings:
         config.refuse("tie_word_embeddings", "is true, but the head has a bias of its own")

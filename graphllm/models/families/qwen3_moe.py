@@ -10,10 +10,15 @@ from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 from graphllm.models.hf_moe import read_routing, read_sparse_layers, refuse_windows, with_experts
 
+# What some files say of the switches of Qwen2's models with experts.
+_EXPECTED = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+
 
 def read_config(config: HFConfig) -> ModelConfig:
     """What is not of the experts is dense Qwen3's."""
     refuse_windows(config)
+    for key, value in _EXPECTED.items():
+        config.expect(key, value)
     base = QWEN3.read_config(config)
     moe = MoEConfig(
         routing=read_routing(

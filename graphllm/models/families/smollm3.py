@@ -14,7 +14,7 @@ from graphllm.models.hf_rope import FULL, SLIDING, RopeDefaults
 
 def _read_turning_layers(config: HFConfig) -> list[bool]:
     """Which layers turn their heads: `no_rope_layers` has a 1 for those that do, whatever its name says."""
-    num_layers = config.positive_int("num_hidden_layers")
+    num_layers = config.num_layers()
     every = config.positive_int("no_rope_layer_interval", 4)
     turning = config.get("no_rope_layers", [int((layer + 1) % every != 0) for layer in range(num_layers)])
     if not isinstance(turning, list) or any(value not in (0, 1) for value in turning):

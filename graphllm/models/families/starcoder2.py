@@ -17,6 +17,9 @@ def read_config(config: HFConfig) -> ModelConfig:
     """One switch covers all biases but those of norms; a window is every layer's."""
     config.expect("mlp_type", "default")
     config.expect("norm_type", "layer_norm")
+    config.expect("scale_attn_weights", True)
+    config.expect("layer_norm_epsilon", config.get("norm_epsilon"))  # the same once more
+    config.get("activation_function")  # left over from the first StarCoder; `hidden_act` is what holds
     bias = config.flag("use_bias", default=True)
     has_window = config.get("sliding_window") is not None
     base = read_decoder_config(

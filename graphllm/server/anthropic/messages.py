@@ -69,11 +69,17 @@ class ToolResultBlock(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(slots=True)
 class Conversation:
-    """The messages so far. call_names: of every call's id, the function's name."""
+    """The messages so far. call_names: of every call's id, the function's name.
+
+    The texts and the thinking of the last message are joined when it is complete (`close`): joined one by
+    one, those of a message of very many blocks would be copied over and over.
+    """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     call_names: dict[str, str] = field(default_factory=dict)
     warnings: list[RequestWarning] = field(default_factory=list)
+    _texts: list[str] = field(default_factory=list)
+    _thinking: list[str] = field(default_factory=list)
 
     @property
     def ends_with_assistant(self) -> bool:
@@ -81,17 +87,34 @@ class Conversation:
 
     def add(self, role: str, text: str) -> None:
         """A text of a role; it joins the message before it where that has the same one."""
-        last = self.messages[-1] if self.messages else None
-        if last is not None and last["role"] == role:
-            last["content"] = f"{last['content']}\n{text}" if last["content"] else text
-        else:
-            self.messages.append({"role": role, "content": text})
+        if not self.messages or self.messages[-1]["role"] != role:
+            self.begin(role)
+        if text or self._texts:
+            self._texts.append(text)
+
+    def add_thinking(self, text: str) -> None:
+        """Reasoning of the assistant's message that is being put together."""
+        self.assistant()
+        if text:
+            self._thinking.append(text)
 
     def assistant(self) -> dict[str, Any]:
         """The assistant's message that is being put together."""
-        if not self.ends_with_assistant:
-            self.messages.append({"role": "assistant", "content": ""})
+        return self.messages[-1] if self.ends_with_assistant else self.begin("assistant")
+
+    def begin(self, role: str, **keys: str) -> dict[str, Any]:
+        """A new message, without a text yet."""
+        self.close()
+        self.messages.append({"role": role, **keys, "content": ""})
         return self.messages[-1]
+
+    def close(self) -> None:
+        """Complete the last message."""
+        if self._texts:
+            self.messages[-1]["content"] = "\n".join(self._texts)
+        if self._thinking:
+            self.messages[-1]["reasoning_content"] = "\n".join(self._thinking)
+        self._texts, self._thinking = [], []
 
 
 def read_conversation(
@@ -114,6 +137,7 @@ def read_conversation(
             _add_texts(conversation, body.content, f"{path}.content", reader=reader)
         else:
             _add_blocks(conversation, body, f"{path}.content", reader=reader)
+    conversation.close()
     last = conversation.messages[-1]
     if last["role"] == "assistant" and last.get("tool_calls"):
         path = f"messages[{len(messages) - 1}].content"
@@ -147,11 +171,7 @@ def _add_blocks(conversation: Conversation, body: MessageBody, path: str, *, rea
             case "tool_use":
                 _add_call(conversation, reader.read(block, ToolUseBlock, path=block_path), block_path)
             case "thinking":
-                thinking = reader.read(block, ThinkingBlock, path=block_path).thinking
-                assistant = conversation.assistant()
-                earlier = assistant.get("reasoning_content")
-                if thinking:
-                    assistant["reasoning_content"] = f"{earlier}\n{thinking}" if earlier else thinking
+                conversation.add_thinking(reader.read(block, ThinkingBlock, path=block_path).thinking)
             case _:
                 reader.read(block, RedactedThinkingBlock, path=block_path)
                 note = "redacted thinking cannot be read by this model; it was left out."
@@ -222,9 +242,7 @@ def _add_result(
         text = "\n".join(texts)
     if block.is_error:
         text = f"Error: {text}"  # the only way to tell a model that knows no such mark
-    conversation.messages.append(
-        {"role": "tool", "tool_call_id": block.tool_use_id, "name": name, "content": text}
-    )
+    conversation.begin("tool", tool_call_id=block.tool_use_id, name=name)["content"] = text
 
 
 def _refuse_toolset(toolset_name: str | None, path: str) -> None:

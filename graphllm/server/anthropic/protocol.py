@@ -19,6 +19,7 @@ from graphllm.sampling_params import SamplingParams
 from graphllm.server.generation.chat import FunctionTool, ToolChoice, ToolMode
 from graphllm.server.generation.decoding import NestedReader
 from graphllm.server.generation.request import RequestWarning
+from graphllm.server.generation.tools import check_num_tools
 from graphllm.server.generation.served_model import ModelBody
 from graphllm.structured_outputs import StructuredOutputs
 
@@ -142,17 +143,17 @@ class CountTokensRequest(ModelBody, kw_only=True):
 
     def function_tools(self, reader: NestedReader) -> tuple[FunctionTool, ...]:
         """Raises InvalidRequestError or UnsupportedFieldError naming `tools[i]`."""
-        tools = [
-            _function_tool(tool, f"tools[{i}]", reader=reader) for i, tool in enumerate(self.tools or ())
-        ]
-        names = [tool.name for tool in tools]
-        for position, name in enumerate(names):
-            if name in names[:position]:
+        check_num_tools(len(self.tools or ()))
+        tools: dict[str, FunctionTool] = {}
+        for position, body in enumerate(self.tools or ()):
+            tool = _function_tool(body, f"tools[{position}]", reader=reader)
+            if tool.name in tools:
                 raise InvalidRequestError(
-                    f"'tools[{position}].name': there are two tools named {name[:80]!r}.",
+                    f"'tools[{position}].name': there are two tools named {tool.name[:80]!r}.",
                     param=f"tools[{position}].name",
                 )
-        return tuple(tools)
+            tools[tool.name] = tool
+        return tuple(tools.values())
 
     def chosen_tools(self, tools: tuple[FunctionTool, ...]) -> ToolChoice:
         """Raises InvalidRequestError naming `tool_choice`."""

@@ -1,7 +1,7 @@
 """From the messages of a chat to what this model's template renders.
 
 Owns what a template understands, and what becomes of a message that it does not. A name that the template
-does not read is refused instead of dropped: the client meant it to matter. The role `developer` becomes
+does not read is left out with a warning: frameworks put one on every message of an agent. The role `developer` becomes
 `system` for templates that do not know it; both mean instructions that outrank the user's. Tool calls and
 their results become plain text for templates that know no tools. Reasoning of earlier turns goes to
 templates that read it, and is left out with a warning where none does: models are not meant to see it then.
@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from graphllm.errors import InvalidRequestError, UnsupportedFieldError
+from graphllm.errors import InvalidRequestError
 from graphllm.server.generation.request import RequestWarning
 from graphllm.tokenizer.chat_template import ChatTemplate
 
@@ -66,9 +66,9 @@ class TemplateFeatures:
 def template_messages(
     messages: Sequence[Mapping[str, Any]], features: TemplateFeatures
 ) -> tuple[list[dict[str, Any]], list[RequestWarning]]:
-    """The messages for the template, and what was left out.
+    """The messages for the template, and what was left out: a warning for each key, naming the first message.
 
-    Raises InvalidRequestError or UnsupportedFieldError naming `messages[i]` and the key.
+    Raises InvalidRequestError naming `messages[i]` and the key.
     """
     if not messages:
         raise InvalidRequestError("'messages' must not be empty.", param="messages")
@@ -77,7 +77,8 @@ def template_messages(
         _template_message(message, f"messages[{position}]", features=features, warnings=warnings)
         for position, message in enumerate(messages)
     ]
-    return rendered, warnings[:1]
+    first_of_each = {warning.message: warning for warning in reversed(warnings)}
+    return rendered, list(first_of_each.values())[::-1]
 
 
 def _template_message(
@@ -97,9 +98,8 @@ def _template_message(
     if name is not None and features.reads_name:
         rendered["name"] = name
     elif name is not None and role != "tool":  # a result's call says already which function was called
-        raise UnsupportedFieldError(
-            f"'{path}.name': this model's chat template does not understand it.", param=f"{path}.name"
-        )
+        note = "this model's chat template reads no names; it was left out."
+        warnings.append(RequestWarning(f"{path}.name", note))
     if (calls := message.get("tool_calls")) is not None:
         if features.knows_tool_calls:
             rendered["tool_calls"] = calls

@@ -103,9 +103,14 @@ def callable_tools(tools: Sequence[FunctionTool], choice: ToolChoice) -> Callabl
     )
 
 
+def check_num_tools(num_tools: int) -> None:
+    """Raises InvalidRequestError for more than are taken; dialects ask before they look at each."""
+    if num_tools > MAX_TOOLS:
+        raise InvalidRequestError(f"'tools' has {num_tools} entries; at most {MAX_TOOLS}.", param="tools")
+
+
 def _check_names(tools: Sequence[FunctionTool]) -> None:
-    if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(f"'tools' has {len(tools)} entries; at most {MAX_TOOLS}.", param="tools")
+    check_num_tools(len(tools))
     seen: set[str] = set()
     for tool in tools:
         if _NAME.fullmatch(tool.name) is None:

@@ -144,8 +144,9 @@ def _plain_tool_call(call: ToolCall, path: str) -> dict[str, Any]:
 
 def _plain_function(call: FunctionCall, path: str, *, call_id: str | None) -> dict[str, Any]:
     try:
-        # Templates expect the arguments as an object and print them in their own style.
-        arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
+        # Templates expect the arguments as an object and print them in their own style. An empty text is
+        # what clients put together from the stream of a call without arguments.
+        arguments = msgspec.json.decode(call.arguments.strip() or "{}", type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError):
         raise InvalidRequestError(
             f"'{path}.arguments' must be a JSON object in a string.", param=f"{path}.arguments"

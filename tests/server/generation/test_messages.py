@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graphllm.errors import InvalidRequestError, UnsupportedFieldError
+from graphllm.errors import InvalidRequestError
 from graphllm.server.generation.messages import TemplateFeatures, template_messages
 from graphllm.tokenizer.chat_template import ChatTemplate
 from tests.server.posting import PLAIN_TEMPLATE, RICH_TEMPLATE
@@ -49,9 +49,15 @@ def test_a_name_is_rendered_only_by_a_template_that_reads_it() -> None:
     message = {"role": "user", "content": "Hi", "name": "ann"}
     assert rendered(message, template=RICH_TEMPLATE)[0]["name"] == "ann"
     for template in (PLAIN_TEMPLATE, "{{ tool.function.name }}"):
-        with pytest.raises(UnsupportedFieldError) as caught:
-            rendered(message, template=template)
-        assert caught.value.param == "messages[0].name"
+        assert "name" not in rendered(message, template=template)[0]
+
+
+def test_what_no_template_reads_is_left_out_with_one_warning_for_each_key() -> None:
+    answer = {"role": "assistant", "content": "5", "name": "bob", "reasoning_content": "2+3"}
+    messages = [{"role": "user", "content": "Hi", "name": "ann"}, answer, answer]
+    _, warnings = template_messages(messages, features(PLAIN_TEMPLATE))
+    assert [warning.field for warning in warnings] == ["messages[0].name", "messages[1].reasoning_content"]
+    assert all("it was left out" in warning.message for warning in warnings)
 
 
 def test_calls_and_results_reach_a_template_that_knows_them() -> None:

@@ -108,8 +108,14 @@ def test_a_message_that_is_none_is_refused_by_its_path(message: dict[str, Any], 
     assert param.rpartition(".")[0] in caught.value.message
 
 
+def test_tool_call_arguments_without_a_text_are_none() -> None:
+    for arguments in ("", " "):
+        (assistant,) = plain({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]})
+        assert assistant["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_tool_call_arguments_that_are_no_object_are_refused() -> None:
-    for arguments in ("", "5", "{", "[" * 10_000):
+    for arguments in ("5", "{", "[" * 10_000):
         call = {"function": {"name": "f", "arguments": arguments}}
         with pytest.raises(InvalidRequestError) as caught:
             plain({"role": "assistant", "tool_calls": [call]})

@@ -43,7 +43,9 @@ def call_ids(items: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """The arguments of a call, None for what is no JSON object: the model was cut, or wrote none."""
+    """The arguments of a call, None for what is no JSON object: the model was cut."""
+    if not text.strip():
+        return {}  # so clients put the stream of a call without arguments together
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError):
@@ -96,7 +98,8 @@ def _extend(assistant: dict[str, Any], item: dict[str, Any], names: dict[str, st
                 assistant["reasoning_content"] = text
         case "function_call":
             arguments = arguments_object(item["arguments"])
-            if arguments is None:
+            was_cut = item["status"] == "incomplete" and not item["arguments"].strip()
+            if arguments is None or was_cut:
                 return
             names[item["call_id"]] = item["name"]
             assistant.setdefault("tool_calls", []).append(
