@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint: Hugging Face names, config and tensors out of one .gguf file.
 
-Owns the translation as a whole. The container is `gguf_file.py`, the naming tables are
-`gguf_architectures.py`, the synthesized config is `gguf_config.py`.
+Owns the translation as a whole. The container is `gguf_file.py`, the declarations are
+`gguf_families.py`, the synthesized config is `gguf_config.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from graphllm.errors import CheckpointError
-from graphllm.models.gguf_architectures import ARCHITECTURES, GGUFArchitecture
+from graphllm.models.gguf_architectures import GGUFArchitecture, TensorSource, find_tensors
 from graphllm.models.gguf_config import read_generation_config, read_hf_config
+from graphllm.models.gguf_families import ARCHITECTURES
 from graphllm.models.gguf_file import GGUFFile
+from graphllm.models.gguf_metadata import GGUFMetadata
 from graphllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -34,41 +36,42 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        architecture = _architecture(self._file)
-        self.hf_config = read_hf_config(self._file, architecture)
+        metadata, architecture = _architecture(self._file)
+        self.hf_config, heads = read_hf_config(metadata, architecture)
         self.generation_config = read_generation_config(self._file, self.hf_config["vocab_size"])
-        self._gguf_names = _translate_names(self._file, architecture)
-        num_heads = {
-            "attention.head_count": self.hf_config["num_attention_heads"],
-            "attention.head_count_kv": self.hf_config["num_key_value_heads"],
-        }
-        self._permuted_heads = {
-            name: num_heads[key]
-            for name, gguf_name in self._gguf_names.items()
-            if (key := architecture.head_count_key(gguf_name)) is not None
-        }
+        num_layers = self.hf_config[architecture.renames.get("num_hidden_layers", "num_hidden_layers")]
+        self._sources = find_tensors(self._file, architecture, heads=heads, num_layers=num_layers)
 
     def tensor_names(self) -> Collection[str]:
         """Hugging Face names of all parameters, in file order."""
-        return self._gguf_names.keys()
+        return self._sources.keys()
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape, row-major, without touching the data."""
-        return self._file.tensors[self._gguf_name(name)].shape
+        shapes = [self._file.tensors[stored].shape for stored in self._source(name).stored]
+        is_entry = self._source(name).index is not None
+        parts = [torch.empty(shape[1:] if is_entry else shape, device="meta") for shape in shapes]
+        return tuple(self._arrange(name, parts).shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as float32 on the CPU, its rows in Hugging Face's order."""
-        gguf_name = self._gguf_name(name)
-        values = torch.from_numpy(self._file.read_float32(gguf_name))  # [rows, ...] float32
-        num_heads = self._permuted_heads.get(name)
-        if num_heads is None:
-            return values
-        if values.shape[0] % (2 * num_heads):
+        """The tensor as float32 on the CPU, arranged as Hugging Face has it."""
+        source = self._source(name)
+        parts = [torch.from_numpy(self._file.read_float32(stored, source.index)) for stored in source.stored]
+        return self._arrange(name, parts).contiguous()
+
+    def _arrange(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+        source = self._source(name)
+        if source.arrange is None:
+            return parts[0]
+        try:
+            return source.arrange(parts, source.heads)
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
             raise CheckpointError(
-                f"{self.path}: tensor {gguf_name!r} has {values.shape[0]} rows, "
-                f"which {num_heads} heads cannot share in pairs."
-            )
-        return _undo_rotary_permutation(values, num_heads)
+                f"{self.path}: tensor {source.stored[0]!r} has shape {shapes}, which does not fit "
+                f"{source.heads.num_heads} heads, {source.heads.num_kv_heads} key heads of "
+                f"{source.heads.head_dim} dimensions."
+            ) from error
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer in the file's metadata."""
@@ -86,14 +89,15 @@ class GGUFCheckpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error.message}") from error
 
-    def _gguf_name(self, name: str) -> str:
+    def _source(self, name: str) -> TensorSource:
         try:
-            return self._gguf_names[name]
+            return self._sources[name]
         except KeyError:
             raise CheckpointError(f"{self.path}: it has no tensor for {name!r}.") from None
 
 
-def _architecture(file: GGUFFile) -> GGUFArchitecture:
+def _architecture(file: GGUFFile) -> tuple[GGUFMetadata, GGUFArchitecture]:
+    """The metadata under the architecture's prefix, and the declaration that applies."""
     if file.fields.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{file.path}: one part of a GGUF model that was split (metadata key 'split.count' is "
@@ -102,37 +106,14 @@ def _architecture(file: GGUFFile) -> GGUFArchitecture:
     name = file.fields.get("general.architecture")
     if name is None:
         raise CheckpointError(f"{file.path}: metadata key 'general.architecture' is missing.")
-    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if architecture is None:
+    declarations = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if declarations is None:
         raise CheckpointError(
             f"{file.path}: metadata key 'general.architecture' is {name!r}, which is not supported; "
-            f"{', '.join(sorted(ARCHITECTURES))} is."
+            f"{', '.join(sorted(ARCHITECTURES))} are."
         )
-    return architecture
-
-
-def _translate_names(file: GGUFFile, architecture: GGUFArchitecture) -> dict[str, str]:
-    """Hugging Face name to GGUF name. Raises CheckpointError for a tensor that has none."""
-    names = {}
-    for gguf_name in file.tensors:
-        if gguf_name in architecture.consumed_tensors:
-            continue
-        name = architecture.translate(gguf_name)
-        if name is None:
-            raise CheckpointError(
-                f"{file.path}: tensor {gguf_name!r} is not one of architecture "
-                f"{file.fields['general.architecture']!r}, as far as it is understood."
-            )
-        names[name] = gguf_name
-    return names
-
-
-def _undo_rotary_permutation(values: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Give rows [pairs interleaved: 0, n, 1, n+1, ...] of each head the order [0, 1, ..., n, n+1, ...].
-
-    Converters to GGUF interleave the two halves of each head of q and k, because ggml's rotary
-    embedding for Llama turns neighbouring elements where Hugging Face's turns the two halves.
-    values: [rows, ...], rows a multiple of 2 * num_heads. Returns a new contiguous tensor.
-    """
-    pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+    metadata = GGUFMetadata(file, name)
+    for declaration in declarations[:-1]:
+        if declaration.applies is not None and declaration.applies(metadata):
+            return metadata, declaration
+    return metadata, declarations[-1]

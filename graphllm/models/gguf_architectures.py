@@ -1,109 +1,170 @@
-"""How GGUF architectures say what Hugging Face says: tensor names and metadata keys, as tables.
+"""What an architecture of GGUF declares, and how its tensors are found.
 
-A new architecture is one more `GGUFArchitecture`. Owns the naming only: reading values and checking
-them is in `gguf_config.py`, bytes are in `gguf_file.py`.
+Owns the form of the declarations and the matching of names. The declarations themselves are in
+`gguf_families.py`, the common metadata in `gguf_config.py`, bytes in `gguf_file.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graphllm.errors import CheckpointError
+from graphllm.models.gguf_arrangements import Arrangement, Heads
+from graphllm.models.gguf_file import GGUFFile
+from graphllm.models.gguf_metadata import GGUFMetadata
+
+Settings = Callable[[GGUFMetadata, dict[str, Any]], None]
+"""Adds to a config what one architecture says in words of its own."""
+
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,5})(?=\.)")
+_KINDS = ("weight", "bias")
+_MAX_ENTRIES = 4096  # more experts or heads than any model has: a damaged header must not fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """Where one tensor of Hugging Face's comes from.
+
+    stored: GGUF names without .weight or .bias (then it is a rule for both), or one with its kind in full;
+    "{}" stands for a number, that of the layer first. Several are the parts that `arrange` makes one of.
+    name: Hugging Face's, in full where the stored one is. One "{}" more than in the stored name counts the
+    entries of its first dimension: experts, or heads. arrange: None for numbers as they are stored.
+    """
+
+    stored: tuple[str, ...]
+    name: str
+    arrange: Arrangement | None = None
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether each entry of the first dimension is a tensor of its own."""
+        return self.name.count("{}") > self.stored[0].count("{}")
+
+
+def rules(names: Mapping[str, str], arrange: Arrangement | None = None) -> tuple[TensorRule, ...]:
+    """A rule for each stored name."""
+    return tuple(TensorRule((stored,), name, arrange) for stored, name in names.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryStyle:
+    """How an architecture's files speak of rotary. is_partial: whether part of a head may turn."""
+
+    is_partial: bool = False
+    truncates_yarn: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFArchitecture:
-    """One value of general.architecture and its Hugging Face equivalent."""
+    """One value of general.architecture and its Hugging Face equivalent.
+
+    applies: which of several declarations of one name a file needs; None for any. norm: which epsilon the
+    file has, and eps_key what Hugging Face calls it. rotary: None where no head turns. has_latent_heads:
+    heads come out of a latent. constants: what no file says. settings: what it says in words of its own,
+    one after the other. renames: Hugging Face's own words for common keys. consumed_tensors: they say
+    something of the configuration, and are no parameters.
+    """
 
     hf_architecture: str
     model_type: str
-    model_tensors: Mapping[str, str]
-    """Tensors outside the layers: GGUF name to Hugging Face name, both without .weight or .bias."""
-    layer_tensors: Mapping[str, str]
-    """Tensors of a layer: GGUF name after "blk.N." to Hugging Face name after "model.layers.N."."""
-    permuted_tensors: Mapping[str, str]
-    """Layer tensors whose rows are permuted for interleaved rotary, and the key of their head count."""
-    metadata_keys: frozenset[str]
-    """Metadata keys understood, after "<architecture>."; any other would be ignored mathematics."""
-    consumed_tensors: frozenset[str]
-    """Tensors that say something of the configuration, and are no parameters."""
-    hidden_act: str = "silu"
-
-    def translate(self, name: str) -> str | None:
-        """The Hugging Face name of a GGUF tensor, or None when this architecture has no such tensor."""
-        stem, dot, kind = name.rpartition(".")
-        if not dot or kind not in ("weight", "bias"):
-            return None
-        layer = _LAYER_TENSOR.fullmatch(stem)
-        if layer is None:
-            translated = self.model_tensors.get(stem)
-        else:
-            translated = self.layer_tensors.get(layer["tensor"])
-            if translated is not None:
-                translated = f"model.layers.{layer['index']}.{translated}"
-        return None if translated is None else f"{translated}.{kind}"
-
-    def num_layers(self, names: Iterable[str]) -> int:
-        """How many different layers the GGUF names speak of."""
-        layers = (_LAYER_TENSOR.fullmatch(name.rpartition(".")[0]) for name in names)
-        return len({layer["index"] for layer in layers if layer is not None})
-
-    def head_count_key(self, name: str) -> str | None:
-        """For a tensor with permuted rows the metadata key that counts its heads, otherwise None."""
-        layer = _LAYER_TENSOR.fullmatch(name.rpartition(".")[0])
-        return None if layer is None else self.permuted_tensors.get(layer["tensor"])
+    tensors: tuple[TensorRule, ...]
+    applies: Callable[[GGUFMetadata], bool] | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    eps_key: str = "rms_norm_eps"
+    rotary: RotaryStyle | None = field(default_factory=RotaryStyle)
+    has_latent_heads: bool = False
+    constants: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
+    settings: tuple[Settings, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    consumed_tensors: frozenset[str] = frozenset({"rope_freqs.weight"})
 
 
-_LAYER_TENSOR = re.compile(r"blk\.(?P<index>0|[1-9][0-9]{0,5})\.(?P<tensor>\w+)")
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A Hugging Face tensor: GGUF tensors, or one entry of their first dimension, and their arrangement."""
 
-_DECODER_METADATA_KEYS = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "expert_count",  # refused unless 0
-        "expert_used_count",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scale_linear",  # the older name of rope.scaling.factor
-        "rope.scaling.factor",
-        "rope.scaling.finetuned",  # a note, no mathematics
-        "rope.scaling.original_context_length",
-        "rope.scaling.type",
-        "tensor_data_layout",  # a note on who converted the file
-        "vocab_size",
-    }
-)
+    stored: tuple[str, ...]
+    index: int | None
+    arrange: Arrangement | None
+    heads: Heads
 
-ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
-    "llama": GGUFArchitecture(
-        hf_architecture="LlamaForCausalLM",
-        model_type="llama",
-        model_tensors={
-            "token_embd": "model.embed_tokens",
-            "output_norm": "model.norm",
-            "output": "lm_head",
-        },
-        layer_tensors={
-            "attn_norm": "input_layernorm",
-            "attn_q": "self_attn.q_proj",
-            "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj",
-            "ffn_up": "mlp.up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
-        permuted_tensors={"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
-        metadata_keys=_DECODER_METADATA_KEYS,
-        consumed_tensors=frozenset({"rope_freqs.weight"}),
-    ),
-}
-"""By the value of general.architecture."""
+
+def layer_indices(names: Iterable[str]) -> set[int]:
+    """The layers that the GGUF names speak of."""
+    return {index for index in map(_layer_index, names) if index is not None}
+
+
+def find_tensors(
+    file: GGUFFile, architecture: GGUFArchitecture, *, heads: Heads, num_layers: int
+) -> dict[str, TensorSource]:
+    """Hugging Face name to where it comes from, in file order.
+
+    Layers from `num_layers` on are left out: they predict further tokens. Raises CheckpointError for a
+    tensor that no rule knows, for parts that are missing, and for two tensors of one meaning.
+    """
+    by_stored: dict[str, list[TensorRule]] = {}
+    for rule in architecture.tensors:
+        for stored in rule.stored:
+            by_stored.setdefault(stored, []).append(rule)
+    sources: dict[str, TensorSource] = {}
+    for gguf_name in file.tensors:
+        layer = _layer_index(gguf_name)
+        if gguf_name in architecture.consumed_tensors or (layer is not None and layer >= num_layers):
+            continue
+        found = _matching_rules(gguf_name, by_stored)
+        if not found:
+            raise CheckpointError(
+                f"{file.path}: tensor {gguf_name!r} is not one of architecture "
+                f"{file.fields['general.architecture']!r}, as far as it is understood."
+            )
+        for rule, kind in found:
+            for name, source in _sources(file, gguf_name, rule, kind=kind, heads=heads):
+                if sources.setdefault(name, source).stored != source.stored:
+                    raise CheckpointError(
+                        f"{file.path}: tensors {sources[name].stored[0]!r} and {gguf_name!r} are both the "
+                        f"model's {name!r}."
+                    )
+    return sources
+
+
+def _matching_rules(
+    gguf_name: str, by_stored: Mapping[str, list[TensorRule]]
+) -> list[tuple[TensorRule, str | None]]:
+    """Rules for the name in full, else those for both kinds, with the kind."""
+    pattern = _NUMBER.sub("{}", gguf_name)
+    if pattern in by_stored:
+        return [(rule, None) for rule in by_stored[pattern]]
+    stem, _, kind = pattern.rpartition(".")
+    return [(rule, kind) for rule in by_stored.get(stem, ())] if kind in _KINDS else []
+
+
+def _sources(
+    file: GGUFFile, gguf_name: str, rule: TensorRule, *, kind: str | None, heads: Heads
+) -> list[tuple[str, TensorSource]]:
+    """What one rule makes of a stored tensor and of the other parts that belong to it."""
+    end = "" if kind is None else f".{kind}"
+    numbers = _NUMBER.findall(gguf_name)
+    parts = tuple(f"{stored}{end}".format(*numbers) for stored in rule.stored)
+    for part in parts:
+        if part not in file.tensors:
+            raise CheckpointError(f"{file.path}: tensor {gguf_name!r} has no {part!r} beside it.")
+    name = f"{rule.name}{end}"
+    if not rule.is_indexed:
+        return [(name.format(*numbers), TensorSource(parts, None, rule.arrange, heads))]
+    num_entries = file.tensors[gguf_name].shape[0]
+    if num_entries > _MAX_ENTRIES:
+        raise CheckpointError(
+            f"{file.path}: tensor {gguf_name!r} has {num_entries} entries; {_MAX_ENTRIES} are supported."
+        )
+    return [
+        (name.format(*numbers, index), TensorSource(parts, index, rule.arrange, heads))
+        for index in range(num_entries)
+    ]
+
+
+def _layer_index(name: str) -> int | None:
+    layer = re.match(r"blk\.(0|[1-9][0-9]{0,5})\.", name)
+    return None if layer is None else int(layer[1])

@@ -30,6 +30,8 @@ SUPPORTED_TYPES = frozenset(
         *("F32", "F16", "BF16"),
         *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
     )
 )
 """Tensor types whose dequantizers are tested here."""
@@ -107,12 +109,19 @@ class GGUFFile:
             )
         return alignment
 
-    def read_float32(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor's values, [*shape] float32; F32 tensors are views of the mapped file."""
+    def read_float32(self, name: str, index: int | None = None) -> npt.NDArray[np.float32]:
+        """The tensor's values, [*shape] float32; F32 tensors are views of the mapped file.
+
+        index: only this entry of the first of several dimensions, [*shape[1:]]; the others are not touched.
+        """
         tensor = self.tensors[name]
-        raw = np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
+        shape, num_bytes, offset = tensor.shape, tensor.num_bytes, tensor.offset
+        if index is not None:  # rows are whole blocks, so entries are whole bytes
+            num_bytes //= shape[0]
+            shape, offset = shape[1:], offset + index * num_bytes
+        raw = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=offset)
         if tensor.type is GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(tensor.shape)
+            return raw.view(np.float32).reshape(shape)
         elements_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[tensor.type]
         blocks = raw.reshape(-1, bytes_per_block)
         values = np.empty((blocks.shape[0], elements_per_block), dtype=np.float32)
@@ -122,7 +131,7 @@ class GGUFFile:
                 row = blocks[start : start + step].reshape(1, -1)
                 chunk = gguf.dequantize(row, tensor.type)
                 values[start : start + step] = chunk.reshape(-1, elements_per_block)
-        return values.reshape(tensor.shape)
+        return values.reshape(shape)
 
 
 def _map_file(path: Path) -> mmap.mmap:

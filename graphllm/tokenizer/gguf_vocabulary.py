@@ -1,32 +1,28 @@
 """The tokenizer that a GGUF file's metadata describes, rebuilt with the `tokenizers` library.
 
-Owns what the `tokenizer.ggml.*` fields mean: byte-level BPE ("gpt2") with the pre-tokenizers that
-are named here, and SentencePiece BPE ("llama") with merges recovered from the scores. What a file
-does not say is never guessed: an unknown pre-tokenizer is refused by name, because a wrong one
-gives plausible text of lower quality. Field names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Owns what the `tokenizer.ggml.*` fields mean: byte-level BPE ("gpt2") with the pre-tokenizers of
+`gguf_pre_tokenizers.py`, and SentencePiece BPE ("llama") with merges recovered from the scores. What a
+file does not say is never guessed: an unknown pre-tokenizer is refused by name.
+Field names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from graphllm.errors import CheckpointError
+from graphllm.tokenizer.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from graphllm.tokenizer.source import TokenizerSource
 
 _SPACE_MARK = "▁"
-# Splits of Llama 3 and Qwen 2; they differ in how many digits make a group.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class TokenType(IntEnum):
@@ -40,43 +36,13 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreTokenizer:
-    """What comes before byte-level BPE.
-
-    split: None is GPT-2's own pattern. ignore_merges: a word that is itself a token is not built
-    from merges. adds_bos: what holds when the file does not say (`tokenizer.ggml.add_bos_token`).
-    """
-
-    individual_digits: bool = False
-    split: str | None = None
-    nfc: bool = False
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-_GPT2 = PreTokenizer()
-_LLAMA3 = PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "gpt2": _GPT2,
-    "smollm": PreTokenizer(individual_digits=True),
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "qwen2": PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
-}
-"""By the value of `tokenizer.ggml.pre`."""
-
-# SentencePiece models whose rules the metadata does not carry.
-_FOREIGN_SENTENCEPIECE = ("gemma", "phi3", "t5")
 _SPECIAL_TOKEN_FIELDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_PHI3_MARKER = re.compile(r"<\|(?!endoftext)\w+\|>|</s>")
 # A chat model ends its turn, or a message to a tool, with tokens of their own.
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -205,14 +171,7 @@ def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:
     backend = Backend(BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rules.ignore_merges))
     if rules.nfc:
         backend.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if rules.individual_digits:
-        # Every Unicode digit by itself; ByteLevel alone would keep digits outside ASCII together.
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if rules.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(rules.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.split is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(rules.steps())
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -220,13 +179,10 @@ def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:
 def _sentencepiece_backend(vocabulary: _Vocabulary) -> Backend:
     """SentencePiece BPE with byte fallback, converted as transformers converts a Llama 2 tokenizer.
 
-    The space mark is prepended to the text's start only, not after special tokens.
+    The space mark is prepended to the text's start only, not after special tokens. User-defined pieces,
+    such as Gemma's runs of blanks, are cut out of the text before (`_add_tokens`), the longest first, as
+    SentencePiece does.
     """
-    if vocabulary.architecture.startswith(_FOREIGN_SENTENCEPIECE):
-        raise CheckpointError(
-            f"The SentencePiece tokenizer of architecture {vocabulary.architecture!r} has rules that GGUF "
-            "metadata does not carry; it is not supported."
-        )
     missing = next((byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary.ids), None)
     if missing is not None:
         raise CheckpointError(
@@ -257,26 +213,35 @@ def merges_from_scores(
     right half, then the halves' ids, as in transformers' conversion.
     """
     # Other types are never built from parts: they are matched whole, or are bytes.
-    normal = {token for token, token_id in ids.items() if token_types[token_id] == TokenType.NORMAL}
-    ranked = []
-    for token in normal:
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in normal and right in normal:
-                token_id = ids[token]
-                rank = (-scores[token_id], -len(left), -len(right), token_id, ids[left], ids[right])
-                ranked.append((rank, left, right))
-    ranked.sort()
-    return [(left, right) for _, left, right in ranked]
+    normal = {token: token_id for token, token_id in ids.items() if token_types[token_id] == TokenType.NORMAL}
+    merges: list[tuple[str, str]] = []
+    # Scores seldom tie, so a token's own ways are nearly all there is to sort; there are a million of them.
+    by_score = sorted(normal, key=lambda token: -scores[normal[token]])
+    for _, tied in groupby(by_score, key=lambda token: scores[normal[token]]):
+        ways = [
+            (left, right)
+            for token in tied
+            for cut in range(len(token) - 1, 0, -1)
+            if (left := token[:cut]) in normal and (right := token[cut:]) in normal
+        ]
+        if len(ways) > 1:
+            ways.sort(key=lambda way: (-len(way[0]), -len(way[1]), *(ids[t] for t in ("".join(way), *way))))
+        merges += ways
+    return merges
 
 
 def _add_tokens(backend: Backend, vocabulary: _Vocabulary, *, always_special: set[int | None]) -> None:
-    """Control tokens are special, user-defined ones are matched whole in text but are ordinary text."""
+    """Control tokens are special, user-defined ones are matched whole in text but are ordinary text.
+
+    Phi-3's markers swallow blanks and line ends behind them, which no field says.
+    """
+    is_phi3 = vocabulary.model == "llama" and vocabulary.architecture == "phi3"
     special_types = (TokenType.CONTROL, TokenType.UNKNOWN)
     special, ordinary = [], []
     for token_id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind in special_types or token_id in always_special:
-            special.append(AddedToken(token, special=True, normalized=False))
+            swallows = is_phi3 and _PHI3_MARKER.fullmatch(token) is not None
+            special.append(AddedToken(token, special=True, normalized=False, rstrip=swallows))
         elif kind == TokenType.USER_DEFINED:
             ordinary.append(AddedToken(token, special=False, normalized=False))
     backend.add_special_tokens(special)

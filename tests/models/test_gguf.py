@@ -306,11 +306,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"metadata": {"llama.rope.freq_base": float("inf")}},
         "'llama.rope.freq_base' is inf",
     ),
-    "experts": ({"metadata": {"llama.expert_count": 8}}, "'llama.expert_count' is not 0"),
+    "experts of unknown number": (
+        {"metadata": {"llama.expert_count": 8}},
+        "'llama.expert_used_count' is missing",
+    ),
+    "experts that no layer has": (
+        {"metadata": {"llama.expert_count": 8, "llama.expert_used_count": 2}},
+        "tensor 'blk.0.ffn_gate.weight' is not one of architecture 'llama'",
+    ),
     "one part of several": ({"metadata": {"split.count": 3}}, "'split.count' is 3"),
-    "rope scaling by yarn": (
-        {"metadata": {"llama.rope.scaling.type": "yarn"}},
-        "'llama.rope.scaling.type' is 'yarn'",
+    "rope scaling of an unknown kind": (
+        {"metadata": {"llama.rope.scaling.type": "ntk"}},
+        "'llama.rope.scaling.type' is 'ntk'",
+    ),
+    "rope scaling by divisors that are not there": (
+        {"metadata": {"llama.rope.scaling.type": "longrope"}},
+        "'llama.rope.scaling.type' is 'longrope', which the tensors of rotary factors contradict",
+    ),
+    "yarn of an unknown context": (
+        {"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}},
+        "'llama.rope.scaling.original_context_length' is missing",
+    ),
+    "yarn that extrapolates otherwise": (
+        {
+            "metadata": {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_ext_factor": 0.5,
+            }
+        },
+        "'llama.rope.scaling.yarn_ext_factor' is 0.5, which is not supported",
     ),
     "rotary over part of a head": (
         {"metadata": {"llama.attention.key_length": 16}},
@@ -321,7 +346,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "'llama.attention.value_length' differs from the head's 8 dimensions",
     ),
     "heads that do not divide the width": (
-        {"metadata": {"llama.attention.head_count": 5}, "without": ("llama.rope.dimension_count",)},
+        {
+            "metadata": {"llama.attention.head_count": 5},
+            "without": ("llama.rope.dimension_count", "llama.attention.head_count_kv"),
+        },
         "'llama.attention.head_count' is 5, which does not divide 32",
     ),
     "another vocabulary size": ({"metadata": {"llama.vocab_size": 300}}, "'llama.vocab_size' disagrees with"),
@@ -400,8 +428,10 @@ def test_file_without_an_architecture_is_refused(tmp_path: Path) -> None:
 def test_rows_that_heads_cannot_share_are_refused(tmp_path: Path) -> None:
     tensors = with_tensor("blk.0.attn_q.weight", np.zeros((30, HIDDEN_SIZE), dtype=np.float32))
     checkpoint = GGUFCheckpoint(write_small_llama(tmp_path / "m.gguf", tensors=tensors))
-    with pytest.raises(CheckpointError, match=r"m\.gguf: tensor 'blk\.0\.attn_q\.weight' has 30 rows"):
-        checkpoint.tensor("model.layers.0.self_attn.q_proj.weight")
+    message = r"m\.gguf: tensor 'blk\.0\.attn_q\.weight' has shape \[30, 32\], which does not fit 4 heads"
+    for ask in (checkpoint.tensor, checkpoint.tensor_shape):
+        with pytest.raises(CheckpointError, match=message):
+            ask("model.layers.0.self_attn.q_proj.weight")
 
 
 def test_unknown_tensor_name_is_an_error_that_names_file_and_tensor(tmp_path: Path) -> None:

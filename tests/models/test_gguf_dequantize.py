@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from graphllm.models.gguf_file import SUPPORTED_TYPES, GGUFFile
+from tests.models import gguf_codebooks
 from tests.models.small_gguf import raw_gguf, tensor_entry
 
 # The layouts are those of ggml's block structures; each decoder takes one block, one element at a time.
@@ -144,6 +145,7 @@ DECODERS = {
     GGMLQuantizationType.Q4_K: decode_q4_k,
     GGMLQuantizationType.Q5_K: decode_q5_k,
     GGMLQuantizationType.Q6_K: decode_q6_k,
+    **gguf_codebooks.DECODERS,
 }
 # Where a block keeps numbers of its own: random bytes there would be NaN or immense.
 HALVES = {
@@ -164,6 +166,8 @@ HALVES = {
 def random_block(tensor_type: GGMLQuantizationType, source: random.Random) -> bytes:
     if tensor_type is GGMLQuantizationType.F32:
         return struct.pack("<f", source.gauss(0, 1))
+    if tensor_type in gguf_codebooks.DECODERS:
+        return gguf_codebooks.random_block(tensor_type, source)
     if tensor_type is GGMLQuantizationType.BF16:
         return struct.pack("<f", source.gauss(0, 1))[2:]
     block = bytearray(source.randbytes(gguf.GGML_QUANT_SIZES[tensor_type][1]))
@@ -187,6 +191,31 @@ def test_dequantized_values_are_those_of_the_format_s_definition(
     assert values.shape == shape
     expected = np.array([DECODERS[tensor_type](block) for block in blocks]).reshape(shape)
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_every_type_that_the_package_dequantizes_is_supported() -> None:
+    dequantizable = set()
+    for tensor_type, (num_elements, num_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), tensor_type)
+        except NotImplementedError:
+            continue
+        if num_elements > 1 or tensor_type in (0, 1, 30):  # plain numbers: F32, F16 and BF16
+            dequantizable.add(tensor_type)
+    assert dequantizable == SUPPORTED_TYPES
+
+
+@pytest.mark.parametrize("tensor_type", [GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0])
+def test_one_entry_of_a_stack_is_read_alone(tmp_path: Path, tensor_type: GGMLQuantizationType) -> None:
+    weights = np.random.default_rng(0).standard_normal((3, 5, 64), dtype=np.float32)
+    quantized = gguf.quantize(weights, tensor_type)
+    path = tmp_path / "m.gguf"
+    entry = tensor_entry("x", weights.shape, tensor_type)
+    path.write_bytes(raw_gguf(tensors=[entry], data=quantized.tobytes()))
+    file = GGUFFile(path)
+    for index in range(3):
+        np.testing.assert_array_equal(file.read_float32("x", index), file.read_float32("x")[index])
+    assert not np.array_equal(file.read_float32("x", 0), file.read_float32("x", 2))
 
 
 def test_tensor_of_many_chunks_is_dequantized_whole(tmp_path: Path) -> None:

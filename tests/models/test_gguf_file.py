@@ -145,8 +145,8 @@ DAMAGED = {
     "dimension of zero": (raw_gguf(tensors=[tensor_entry("x", (2, 0))]), "tensor 'x' is empty"),
     "unknown tensor type": (raw_gguf(tensors=[tensor_entry("x", (8,), 999)]), "'x' has the unknown type 999"),
     "unsupported tensor type": (
-        raw_gguf(tensors=[tensor_entry("x", (256,), GGMLQuantizationType.IQ1_S)], data=bytes(1000)),
-        "tensor 'x' has type IQ1_S, which is not supported",
+        raw_gguf(tensors=[tensor_entry("x", (256,), GGMLQuantizationType.Q8_K)], data=bytes(1000)),
+        "tensor 'x' has type Q8_K, which is not supported",
     ),
     "rows that split a block": (
         raw_gguf(tensors=[tensor_entry("x", (2, 48), GGMLQuantizationType.Q8_0)], data=bytes(1000)),

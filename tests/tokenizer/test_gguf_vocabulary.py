@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from graphllm.errors import CheckpointError
-from graphllm.tokenizer.gguf_vocabulary import PRE_TOKENIZERS, merges_from_scores, read_gguf_tokenizer
+from graphllm.tokenizer.gguf_pre_tokenizers import PRE_TOKENIZERS
+from graphllm.tokenizer.gguf_vocabulary import merges_from_scores, read_gguf_tokenizer
 from tests.tokenizer.texts import TEXTS
 
 
@@ -65,6 +67,36 @@ def test_pre_tokenizers_split_as_their_models_do(demo_fields: Mapping[str, Any])
     assert split["qwen2"] == [
         *("I", "'LL", "Ġpay", "Ġ", "1", "2", "3", "4", "5", "6", "7", "ĠâĤ¬čĊĊ", "Ġ", "Ġnow"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        # Groups of three digits counted from the left, after GPT-2's own words and punctuation.
+        ("falcon", "pay 1234567!? ok", ["pay", "Ġ", "123", "456", "7", "!?", "Ġok"]),
+        ("tekken", "myCamelCase 123/\n", ["my", "Camel", "Case", "Ġ", "1", "2", "3", "/Ċ"]),
+        ("gpt-4o", "myCamelCase's 1234/\n", ["my", "Camel", "Case's", "Ġ", "123", "4", "/Ċ"]),
+        ("dbrx", "I'LL pay 1234", ["I", "'LL", "Ġpay", "Ġ", "123", "4"]),
+        ("deepseek-v3", "a=b 你好x 1234;y", ["a", "=b", "Ġ", "ä½łå¥½", "x", "Ġ", "123", "4", ";y"]),
+        ("deepseek-llm", "x=1 ჰა 23\n", ["x", "=", "1", "Ġ", "áĥ°áĥĲ", "Ġ", "2", "3", "Ċ"]),
+        ("deepseek-coder", "x=1 ჰა 23\n", ["x", "=", "1", "Ġ", "áĥ°áĥĲ", "Ġ", "2", "3", "Ċ"]),
+        ("command-r", "I pay 12", ["I", "Ġpay", "Ġ", "1", "2"]),
+    ],
+)
+def test_pre_tokenizer_cuts_as_its_pattern_says(
+    demo_fields: Mapping[str, Any], pre: str, text: str, expected: list[str]
+) -> None:
+    assert pieces(read_gguf_tokenizer(changed(demo_fields, pre=pre)).backend, text) == expected
+
+
+def test_models_that_compose_characters_do_so_before_cutting(demo_fields: Mapping[str, Any]) -> None:
+    composed = {
+        pre
+        for pre in PRE_TOKENIZERS
+        if ids(backend := read_gguf_tokenizer(changed(demo_fields, pre=pre)).backend, "e\u0301")
+        == ids(backend, "\u00e9")
+    }
+    assert composed == {"command-r", "deepseek-r1-qwen", "mpt", "olmo", "qwen2", "stablelm2"}
 
 
 def test_llama3_takes_a_word_that_is_a_token_without_merging(demo_fields: Mapping[str, Any]) -> None:
@@ -164,10 +196,10 @@ def test_recovered_merges_are_those_of_transformers(sentencepiece_fields: Mappin
     assert len(expected) > 150
 
 
-def sentencepiece_reference(fields: Mapping[str, Any], text: str) -> list[str]:
+def sentencepiece_reference(fields: Mapping[str, Any], text: str, *, prefix: str = "▁") -> list[str]:
     """SentencePiece's own definition: join the neighbours of the highest score, leftmost first."""
     scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
-    symbols = list(("▁" + text).replace(" ", "▁"))
+    symbols = list((prefix + text).replace(" ", "▁"))
     while True:
         pairs = [
             (-scores[left + right], position)
@@ -202,6 +234,61 @@ def test_merges_in_a_sentencepiece_file_are_taken_as_they_are(
     assert ids(backend, "there") != ids(read_gguf_tokenizer(sentencepiece_fields).backend, "there")
 
 
+GEMMA_PIECES = ["  ", "   ", "\n", "\n\n", "\n\n\n", "\t", "<h1>"]
+
+
+def gemma_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """With runs of blanks and line ends as user-defined pieces, spelt as they are, and no space before."""
+    fields = changed(fields, add_space_prefix=False)
+    fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], *GEMMA_PIECES]
+    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], *[4] * len(GEMMA_PIECES)]
+    scores = fields["tokenizer.ggml.scores"]
+    fields["tokenizer.ggml.scores"] = [*scores, *[-1000.0] * len(GEMMA_PIECES)]
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the  dog", ["the", "  ", "dog"]),
+        ("the   dog", ["the", "   ", "dog"]),
+        ("the     dog", ["the", "   ", "  ", "dog"]),
+        (" the\n\n\n\nfox", ["▁the", "\n\n\n", "\n", "fox"]),
+        ("\t<h1>the\t\tfox", ["\t", "<h1>", "the", "\t", "\t", "fox"]),
+    ],
+)
+def test_runs_of_blanks_are_pieces_of_their_own_the_longest_first(
+    sentencepiece_fields: Mapping[str, Any], text: str, expected: list[str]
+) -> None:
+    fields = gemma_fields(sentencepiece_fields)
+    backend = read_gguf_tokenizer(fields).backend
+    tokens = [backend.id_to_token(token_id) for token_id in ids(backend, text)]
+    definition = [
+        piece
+        for part in re.split(r"( {2,3}|\n{1,3}|\t|<h1>)", text)
+        for piece in ([part] if part in GEMMA_PIECES else sentencepiece_reference(fields, part, prefix=""))
+    ]
+    assert tokens == definition
+    assert [token for token in tokens if token in GEMMA_PIECES] == [t for t in expected if t in GEMMA_PIECES]
+    assert backend.decode(ids(backend, text)) == text
+
+
+def test_phi3_markers_swallow_the_blanks_behind_them(sentencepiece_fields: Mapping[str, Any]) -> None:
+    markers = ["<|user|>", "<|end|>", "<|endoftext|>"]
+    fields = changed(sentencepiece_fields, add_space_prefix=False)
+    fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], *markers]
+    fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], *[3] * len(markers)]
+    fields["tokenizer.ggml.scores"] = [*fields["tokenizer.ggml.scores"], *[-1000.0] * len(markers)]
+
+    def tokens(architecture: str, text: str) -> list[str]:
+        backend = read_gguf_tokenizer({**fields, "general.architecture": architecture}).backend
+        return [str(backend.id_to_token(token_id)) for token_id in ids(backend, text)]
+
+    assert tokens("phi3", "<|user|>\nthe<|end|> \n") == ["<|user|>", *tokens("phi3", "the"), "<|end|>"]
+    assert tokens("llama", "<|user|>\nthe")[1] == "<0x0A>"
+    assert tokens("phi3", "<|endoftext|>\nthe")[1] == "<0x0A>"
+
+
 def test_named_chat_templates_are_read(demo_fields: Mapping[str, Any]) -> None:
     source = read_gguf_tokenizer(
         {
@@ -217,7 +304,7 @@ def test_named_chat_templates_are_read(demo_fields: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm'"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'"),
         ({"pre": None}, "tokenizer.ggml.pre is missing"),
         ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
         ({"model": None}, "tokenizer.ggml.model is missing"),
@@ -239,12 +326,7 @@ def test_damaged_or_unknown_metadata_is_refused_by_name(
         read_gguf_tokenizer(changed(demo_fields, **changes))
 
 
-def test_sentencepiece_models_with_rules_of_their_own_are_refused(
-    sentencepiece_fields: Mapping[str, Any],
-) -> None:
-    for architecture in ("gemma3", "phi3"):
-        with pytest.raises(CheckpointError, match=architecture):
-            read_gguf_tokenizer({**sentencepiece_fields, "general.architecture": architecture})
+def test_sentencepiece_models_that_lack_a_part_are_refused(sentencepiece_fields: Mapping[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="scores is missing"):
         read_gguf_tokenizer(changed(sentencepiece_fields, scores=None))
     tokens = [token.replace("<0x41>", "<0xAA>x") for token in sentencepiece_fields["tokenizer.ggml.tokens"]]
