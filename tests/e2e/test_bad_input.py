@@ -68,12 +68,6 @@ BAD: dict[str, tuple[str, bytes, int, str | None]] = {
         "messages[0].content[0].type",
     ),
     "unknown role": (CHAT, chat_with(messages=[{"role": "x", "content": "y"}]), 400, "messages[0].role"),
-    "name": (
-        CHAT,
-        chat_with(messages=[{"role": "user", "content": "y", "name": "z"}]),
-        400,
-        "messages[0].name",
-    ),
     "no messages": (CHAT, b'{"model": "demo"}', 400, "messages"),
     "empty messages": (CHAT, chat_with(messages=[]), 400, "messages"),
     "no model": (CHAT, b'{"messages": [{"role": "user", "content": "Hi"}]}', 400, "model"),

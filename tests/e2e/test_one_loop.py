@@ -23,8 +23,8 @@ from graphllm.models.decoder import Decoder
 from graphllm.scheduler.scheduler import Scheduler
 from graphllm.server.app import ServingProcess
 from graphllm.server.connection import HttpConnection
-from graphllm.server.openai.chat_completions import ChatCompletions
 from graphllm.server.generation.replies import StreamedReply
+from graphllm.server.openai.chat_completions import ChatCompletions
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 ENDLESS = {"ignore_eos": True}

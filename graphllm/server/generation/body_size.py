@@ -34,7 +34,7 @@ def check_work(body: bytes) -> None:
     if _is_too_much(_STRING.sub(b"", body, count=_MAX_STRINGS)):
         raise PayloadTooLargeError(
             "The request body has too many JSON values to be read while other requests are served "
-            f"(about {MAX_WORK // _OBJECT_WORK} objects or {MAX_WORK} numbers are allowed); split the request."
+            f"(about {MAX_WORK // _OBJECT_WORK} objects or {MAX_WORK} numbers are allowed); split it."
         )
 
 

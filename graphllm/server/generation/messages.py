@@ -1,10 +1,11 @@
 """From the messages of a chat to what this model's template renders.
 
 Owns what a template understands, and what becomes of a message that it does not. A name that the template
-does not read is left out with a warning: frameworks put one on every message of an agent. The role `developer` becomes
-`system` for templates that do not know it; both mean instructions that outrank the user's. Tool calls and
-their results become plain text for templates that know no tools. Reasoning of earlier turns goes to
-templates that read it, and is left out with a warning where none does: models are not meant to see it then.
+does not read is left out with a warning: frameworks put one on every message of an agent. The role
+`developer` becomes `system` for templates that do not know it; both mean instructions that outrank the
+user's. Tool calls and their results become plain text for templates that know no tools. Reasoning of earlier
+turns goes to templates that read it, and is left out with a warning where none does: models are not meant to
+see it then.
 
 Messages are dicts: role, content (text), and where they apply name, tool_calls (OpenAI's form, with the
 arguments as an object), tool_call_id and reasoning_content.

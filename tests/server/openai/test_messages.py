@@ -110,7 +110,8 @@ def test_a_message_that_is_none_is_refused_by_its_path(message: dict[str, Any], 
 
 def test_tool_call_arguments_without_a_text_are_none() -> None:
     for arguments in ("", " "):
-        (assistant,) = plain({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]})
+        call = {"function": {"name": "f", "arguments": arguments}}
+        (assistant,) = plain({"role": "assistant", "tool_calls": [call]})
         assert assistant["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 

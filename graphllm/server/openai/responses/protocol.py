@@ -17,8 +17,8 @@ from graphllm.sampling_params import SamplingParams
 from graphllm.server.generation.chat import FunctionTool, ToolChoice, ToolMode
 from graphllm.server.generation.decoding import NestedReader
 from graphllm.server.generation.request import RequestWarning
-from graphllm.server.generation.tools import check_num_tools
 from graphllm.server.generation.served_model import ModelBody
+from graphllm.server.generation.tools import check_num_tools
 from graphllm.server.openai.protocol import token_biases
 from graphllm.structured_outputs import StructuredOutputs
 
