@@ -7,8 +7,6 @@ the values, and how many a field may have, is for those who read them.
 
 from __future__ import annotations
 
-import re
-
 from graphllm.errors import PayloadTooLargeError
 
 # In the time that decoding a number takes, about 30 ns. An object is a struct or a dict with its keys.
@@ -17,25 +15,31 @@ _OBJECT_WORK, _ARRAY_WORK = 30, 5
 # Bodies below this cannot reach MAX_WORK, or by so little that it does not matter.
 _MIN_BYTES = 128 * 1024
 _SLICE_BYTES = 1024**2
-# Strings that are taken out of a body to see what is left; each takes a tenth of a microsecond.
+_BEGINNING_BYTES = 3 * 1024**2
+# Strings that are taken out of a body to see what is left, each in less than a tenth of a microsecond.
 _MAX_STRINGS = 200_000
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def check_work(body: bytes) -> None:
-    """Raises PayloadTooLargeError for a body that would keep the event loop for long; takes a few ms at most
-    for one that is only large.
+    """Raises PayloadTooLargeError for a body that would keep the event loop for long.
 
     Two steps, so that a long text full of commas and braces is not refused: where the body's bytes as they
     are say too much, its strings are taken out first.
     """
     if len(body) < _MIN_BYTES or not _is_too_much(body):
         return
-    if _is_too_much(_STRING.sub(b"", body, count=_MAX_STRINGS)):
+    # A dense body has too much in its beginning already, which is sooner looked at than all of it.
+    if any(_is_too_much(_without_strings(part)) for part in (body[:_BEGINNING_BYTES], body)):
         raise PayloadTooLargeError(
-            "The request body has too many JSON values to be read while other requests are served "
-            f"(about {MAX_WORK // _OBJECT_WORK} objects or {MAX_WORK} numbers are allowed); split it."
+            "The request body has too many JSON values to be read while other requests are served (about "
+            f"{MAX_WORK // _OBJECT_WORK} objects or {MAX_WORK} numbers are allowed); split the request."
         )
+
+
+def _without_strings(body: bytes) -> bytes:
+    """What stands between strings, of the first _MAX_STRINGS, and everything behind those."""
+    pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * _MAX_STRINGS)
+    return b"".join(pieces[::2])
 
 
 def _is_too_much(text: bytes) -> bool:

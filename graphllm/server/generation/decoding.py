@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from graphllm.errors import InvalidRequestError, UnsupportedFieldError
+from graphllm.server.generation.body_size import check_work
 from graphllm.server.generation.fields import KnownField
 from graphllm.server.generation.request import RequestWarning
 
@@ -73,7 +74,8 @@ class BodyDecoder(Generic[RequestType]):
         self._decoder = msgspec.json.Decoder(request_type)
 
     def decode(self, body: bytes) -> DecodedBody[RequestType]:
-        """Raises InvalidRequestError or UnsupportedFieldError."""
+        """Raises InvalidRequestError or UnsupportedFieldError, PayloadTooLargeError for too many values."""
+        check_work(body)
         try:
             return DecodedBody(self._decoder.decode(body))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

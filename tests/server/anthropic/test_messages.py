@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -148,3 +149,24 @@ def test_wrong_system_block_is_refused_by_its_path() -> None:
     with pytest.raises(UnsupportedFieldError) as caught:
         read(user(text("a")), system=[text("a"), {"type": "image"}])
     assert caught.value.param == "system[1].type"
+
+
+def test_a_message_of_very_many_blocks_is_joined_once() -> None:
+    blocks = [{"type": "text", "text": "x" * 100}] * 30_000
+    thinking = [{"type": "thinking", "thinking": "y" * 100}] * 30_000
+    begin = time.thread_time()
+    conversation = read_conversation(
+        [{"role": "user", "content": blocks}, {"role": "assistant", "content": [*thinking, *blocks]}],
+        blocks,
+        reader=NestedReader(),
+    )
+    assert time.thread_time() - begin < 10.0  # block by block it takes minutes
+    texts = [message["content"] for message in conversation.messages]
+    assert texts == ["\n".join(["x" * 100] * 30_000)] * 3
+    assert conversation.messages[-1]["reasoning_content"] == "\n".join(["y" * 100] * 30_000)
+
+
+def test_empty_blocks_before_a_text_leave_no_blank_lines() -> None:
+    blocks = [{"type": "text", "text": text} for text in ("", "a", "", "b")]
+    conversation = read_conversation([{"role": "user", "content": blocks}], None, reader=NestedReader())
+    assert conversation.messages == [{"role": "user", "content": "a\n\nb"}]

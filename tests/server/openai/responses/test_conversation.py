@@ -113,3 +113,10 @@ def test_only_the_newest_turns_of_a_long_conversation_are_read() -> None:
     assert not is_whole
     items, is_whole = stored_items(turn, max_bytes=1)
     assert len(items) == 1 and not is_whole
+
+
+def test_a_call_without_arguments_is_made_unless_it_was_cut() -> None:
+    empty = {**CALL, "arguments": ""}
+    (message,) = messages(empty)
+    assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": {}}
+    assert messages({**empty, "status": "incomplete"}) == []
