@@ -53,15 +53,14 @@ class RequestEngine(Protocol):
 class PromptSink:
     """The engine's view of a reply: one prompt's sequences, renumbered among all choices."""
 
-    __slots__ = ("_choices", "_reply", "num_cached_tokens")
+    __slots__ = ("_choices", "_reply")
 
     def __init__(self, reply: Reply, choices: range) -> None:
         self._reply = reply
         self._choices = choices
-        self.num_cached_tokens = 0
 
     def write(self, delta: SequenceDelta) -> None:
-        self.num_cached_tokens = delta.num_cached_tokens
+        self._reply.meter.cached_tokens[self._choices.start] = delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             # They come with the first delta of the first sequence, which is published first.
             for choice in self._reply.choices[self._choices.start : self._choices.stop]:
@@ -78,6 +77,29 @@ class PromptSink:
         self._reply.fail(error)
 
 
+class UsageMeter:
+    """Counts the tokens of a reply. cached_tokens: by the first choice of each prompt.
+
+    Apart from the reply, so that what asks for counts need not hold on to it: a reply in a cycle would keep
+    its request, a body of many megabytes among it, until the next full collection.
+    """
+
+    __slots__ = ("cached_tokens", "prompt_tokens", "readers")
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.cached_tokens: dict[int, int] = {}
+        self.readers: list[ChoiceReader] = []
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=sum(reader.num_tokens for reader in self.readers),
+            cached_tokens=sum(self.cached_tokens.values()),
+            reasoning_tokens=sum(reader.num_reasoning_tokens for reader in self.readers),
+        )
+
+
 class Reply(ABC):
     """What all answers have in common. `readers[i]` reads choice i, which is there from the start."""
 
@@ -85,10 +107,9 @@ class Reply(ABC):
         self._engine = engine
         self._wire = wire
         self._request_ids: list[str] = []
-        self._sinks: list[PromptSink] = []
         self._readers: list[ChoiceReader] = []
         self._num_unfinished_prompts = 0
-        self._prompt_tokens = 0
+        self.meter = UsageMeter()
         self._structure_name = "structured_outputs"
         self._is_open = True
 
@@ -100,7 +121,7 @@ class Reply(ABC):
         """Hand every prompt to the engine, or none: raises what `Engine.add` raises."""
         prompts, params = generation.prompts, generation.params
         self._num_unfinished_prompts = len(prompts)
-        self._prompt_tokens = sum(map(len, prompts))
+        self.meter.prompt_tokens = sum(map(len, prompts))
         self._structure_name = generation.structure_name
         self._readers = [
             ChoiceReader(
@@ -112,10 +133,10 @@ class Reply(ABC):
             )
             for index in range(len(prompts) * params.n)
         ]
+        self.meter.readers = self._readers
         for position, prompt_token_ids in enumerate(prompts):
             request_id = self._wire.reply_id if len(prompts) == 1 else f"{self._wire.reply_id}-{position}"
             sink = PromptSink(self, range(position * params.n, (position + 1) * params.n))
-            self._sinks.append(sink)
             try:
                 self._engine.add(
                     request_id,
@@ -131,12 +152,7 @@ class Reply(ABC):
             self._request_ids.append(request_id)
 
     def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=sum(reader.num_tokens for reader in self._readers),
-            cached_tokens=sum(sink.num_cached_tokens for sink in self._sinks),
-            reasoning_tokens=sum(reader.num_reasoning_tokens for reader in self._readers),
-        )
+        return self.meter.usage()
 
     def abandon(self) -> None:
         """Nobody waits for the answer any more: stop generating it."""
@@ -215,7 +231,7 @@ class StreamedReply(ConnectedReply):
     def __init__(self, engine: RequestEngine, wire: Wire, *, request: Request, response: Response) -> None:
         super().__init__(engine, wire, request=request, response=response)
         self._is_started = False
-        self._framer = ReplyFramer(wire, self.usage)
+        self._framer = ReplyFramer(wire, self.meter.usage)
 
     @property
     def _keeps_text(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import time
+import weakref
 from array import array
 from itertools import pairwise
 from typing import Any
@@ -401,3 +403,28 @@ def test_the_client_that_left_while_its_answer_was_put_together_gets_nothing() -
     exchange.request.disconnected = True
     exchange.sink().finish()
     assert exchange.channel.writes == []
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("ending", ["finish", "fail", "disconnect"])
+def test_an_ended_reply_is_freed_without_a_collection(stream: bool, ending: str) -> None:
+    exchange = Exchange(stream=stream, include_usage=True)
+    exchange.step(delta("Hello", 0, cached=2))
+    reply = weakref.ref(exchange.reply)
+    if ending == "finish":
+        exchange.step(delta("", 5, finish=FinishReason.STOP))
+        exchange.sink().finish()
+    elif ending == "fail":
+        exchange.sink().fail(StepFailedError("A step failed."))
+    else:
+        assert exchange.request.on_disconnect is not None
+        exchange.request.on_disconnect()
+    # What the connection and the engine do themselves with a request that has ended.
+    exchange.request.on_disconnect = None
+    exchange.engine.submitted.clear()
+    gc.disable()
+    try:
+        del exchange
+        assert reply() is None
+    finally:
+        gc.enable()

@@ -156,7 +156,7 @@ class BackgroundReply(Reply):
     ) -> None:
         super().__init__(engine, wire)
         self._response_wire = wire
-        self._framer = ReplyFramer(wire, self.usage) if task.log is not None else None
+        self._framer = ReplyFramer(wire, self.meter.usage) if task.log is not None else None
         self._task = task
         self._entry = entry
         self._has_begun = False
