@@ -7,7 +7,7 @@ template knows none: in the system message, with the generic format that such a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -103,14 +103,33 @@ def callable_tools(tools: Sequence[FunctionTool], choice: ToolChoice) -> Callabl
     )
 
 
-def check_num_tools(num_tools: int) -> None:
-    """Raises InvalidRequestError for more than are taken; dialects ask before they look at each."""
+def distinct_tools(
+    bodies: Sequence[dict[str, Any]], read: Callable[[dict[str, Any], str], FunctionTool]
+) -> tuple[FunctionTool, ...]:
+    """A dialect's tools; read: one body and its path, such as `tools[3]`, to a tool.
+
+    Raises InvalidRequestError for more than are taken, before any is read, and for a name that comes twice.
+    """
+    _check_num_tools(len(bodies))
+    tools: dict[str, FunctionTool] = {}
+    for position, body in enumerate(bodies):
+        path = f"tools[{position}]"
+        tool = read(body, path)
+        if tool.name in tools:
+            raise InvalidRequestError(
+                f"'{path}.name': there are two tools named {tool.name[:80]!r}.", param=f"{path}.name"
+            )
+        tools[tool.name] = tool
+    return tuple(tools.values())
+
+
+def _check_num_tools(num_tools: int) -> None:
     if num_tools > MAX_TOOLS:
         raise InvalidRequestError(f"'tools' has {num_tools} entries; at most {MAX_TOOLS}.", param="tools")
 
 
 def _check_names(tools: Sequence[FunctionTool]) -> None:
-    check_num_tools(len(tools))
+    _check_num_tools(len(tools))
     seen: set[str] = set()
     for tool in tools:
         if _NAME.fullmatch(tool.name) is None:

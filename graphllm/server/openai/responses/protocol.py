@@ -7,6 +7,7 @@ defaults are OpenAI's, as in `openai/protocol.py`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -18,7 +19,7 @@ from graphllm.server.generation.chat import FunctionTool, ToolChoice, ToolMode
 from graphllm.server.generation.decoding import NestedReader
 from graphllm.server.generation.request import RequestWarning
 from graphllm.server.generation.served_model import ModelBody
-from graphllm.server.generation.tools import check_num_tools
+from graphllm.server.generation.tools import distinct_tools
 from graphllm.server.openai.protocol import token_biases
 from graphllm.structured_outputs import StructuredOutputs
 
@@ -195,17 +196,7 @@ class ResponsesRequest(ModelBody, kw_only=True):
 
     def function_tools(self, reader: NestedReader) -> tuple[FunctionTool, ...]:
         """Raises InvalidRequestError or UnsupportedFieldError naming `tools[i]`."""
-        check_num_tools(len(self.tools or ()))
-        tools: dict[str, FunctionTool] = {}
-        for position, body in enumerate(self.tools or ()):
-            tool = _function_tool(body, f"tools[{position}]", reader=reader)
-            if tool.name in tools:
-                raise InvalidRequestError(
-                    f"'tools[{position}].name': there are two tools named {tool.name[:80]!r}.",
-                    param=f"tools[{position}].name",
-                )
-            tools[tool.name] = tool
-        return tuple(tools.values())
+        return distinct_tools(self.tools or (), partial(_function_tool, reader=reader))
 
     def chosen_tools(self, tools: tuple[FunctionTool, ...], reader: NestedReader) -> ToolChoice:
         """Raises InvalidRequestError or UnsupportedFieldError naming `tool_choice`."""
