@@ -247,7 +247,9 @@ def _default_text(default: Any, parse: Callable[[str], Any] | None) -> str | Non
         return "on" if default else "off"
     if parse is parse_bytes and default % 1024**2 == 0:
         return f"{default // 1024**2}MiB"
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(default, float) and not default.is_integer():
+        return f"{default:g}"
+    return f"{default:.0f}" if isinstance(default, float) else str(default)
 
 
 def _print_error(message: str) -> None:
