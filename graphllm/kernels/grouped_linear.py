@@ -83,7 +83,7 @@ def grouped_gated_linear_ref(
 
     Goes from expert to expert, over those that have tokens. product: the library that multiplies.
     """
-    for expert, pairs in _pairs_by_expert(experts):
+    for expert, pairs in pairs_by_expert(experts):
         rows = x.index_select(0, pairs // experts.shape[1])
         gate_up = x.new_empty(len(pairs), weight.shape[1])
         product(rows, weight[expert], None if bias is None else bias[expert], gate_up)
@@ -108,14 +108,14 @@ def grouped_linear_ref(
     None; experts: [num_tokens, top_k] int32 and weights: the same in float32. Writes out: [num_pairs, hidden]
     of x's dtype, but for the rows of padding, and returns it.
     """
-    for expert, pairs in _pairs_by_expert(experts):
+    for expert, pairs in pairs_by_expert(experts):
         products = x.new_empty(len(pairs), weight.shape[1])
         product(x.index_select(0, pairs), weight[expert], None if bias is None else bias[expert], products)
         out[pairs] = products.mul_(weights.flatten()[pairs, None])
     return out
 
 
-def _pairs_by_expert(experts: Tensor) -> list[tuple[int, Tensor]]:
+def pairs_by_expert(experts: Tensor) -> list[tuple[int, Tensor]]:
     """(expert, its pairs in ascending order), for the experts that have any."""
     chosen, pairs = torch.sort(experts.flatten(), stable=True)
     used, counts = torch.unique_consecutive(chosen, return_counts=True)
