@@ -211,4 +211,4 @@ def dequantize(weight: PackedWeight, *, dtype: torch.dtype = torch.float32) -> T
 
 def _spread(values: Tensor, group_size: int, columns: int) -> Tensor:
     """A value of each group as one of each column."""
-    return values.repeat_interleave(group_size, 1)[:, :columns]
+    return values[:, :, None].expand(-1, -1, group_size).reshape(len(values), -1)[:, :columns]
