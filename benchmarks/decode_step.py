@@ -136,9 +136,8 @@ class DecodeStep:
             self.config.num_layers, self.config.num_kv_heads, self.config.head_dim, BLOCK_SIZE, self.dtype
         )
         cache = KVCache(shape, 1 + rows * blocks_each, device=CPU)
-        for layer in cache.layers:
-            layer.key.normal_()
-            layer.value.normal_()
+        for pool in cache.pools.pools:
+            pool.normal_()
         tables = (1 + torch.randperm(rows * blocks_each)).view(rows, blocks_each).int()
         positions = torch.full((rows,), context - 1)
         inputs = AttentionInputs(

@@ -41,6 +41,19 @@ class LayerCache(Protocol):
     def value_scale(self) -> torch.Tensor | None: ...
 
 
+class LatentCache(Protocol):
+    """The pool of a layer whose heads share one latent: [num_blocks, block_size, width].
+
+    scale: [num_blocks, block_size] float32 where latents are stored in 8 bits, else None.
+    """
+
+    @property
+    def latent(self) -> torch.Tensor: ...
+
+    @property
+    def scale(self) -> torch.Tensor | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBucket:
     """A step's sizes, known to the host: the shapes of its inputs, never their values.
@@ -97,6 +110,25 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttentionSpec:
+    """The mathematics of attention over latents (`kernels/paged_latent_attention.py`).
+
+    All heads share a token's one vector of rank + turned_dim dimensions as key, and its first `rank` as
+    value. scale multiplies q.k.
+    """
+
+    num_heads: int
+    rank: int
+    turned_dim: int
+    scale: float
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a query and of what is cached of a token."""
+        return self.rank + self.turned_dim
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """The tensors behind the KV blocks.
 
-Owns the pools, one key and one value tensor for each layer (a tensor a layer, because one large
-tensor mutated under compilation is far slower), their number format, and copies of whole blocks within them.
-Does not know who owns a block; copies to and from host memory are `swap.py`'s.
+Owns the pools, a few tensors for each layer (because one large tensor mutated under compilation is far
+slower): keys and values of heads, or latents, which are both; their number format, and copies of whole blocks
+within them. Does not know who owns a block; copies to and from host memory are `swap.py`'s.
 """
 
 from __future__ import annotations
@@ -56,18 +56,32 @@ def resolve_kv_dtype(
 
 @dataclass(frozen=True, slots=True)
 class KVCacheShape:
-    """What a block of one layer holds; `dtype` is that of the stored keys and values."""
+    """What a block of one layer holds; `dtype` is that of the stored numbers.
+
+    A token of a layer is num_kv_heads keys of head_dim dimensions, and as many values. Where is_latent it is
+    one vector of head_dim dimensions that all heads share and read both from (multi-head latent attention,
+    arXiv:2405.04434); num_kv_heads is then 1.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    is_latent: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.is_latent or self.num_kv_heads == 1, "all heads share a latent"
 
     @property
     def has_scales(self) -> bool:
-        """Whether keys and values are stored in 8 bits, with a float32 scale for each token and head."""
+        """Whether the cache is in 8 bits, with a float32 scale for each token and key or value head."""
         return self.dtype.itemsize == 1
+
+    @property
+    def tensors_per_layer(self) -> int:
+        """Keys and values, or latents alone; scales not counted."""
+        return 1 if self.is_latent else 2
 
     @property
     def bytes_per_token(self) -> int:
@@ -75,7 +89,7 @@ class KVCacheShape:
         bytes_per_head = self.head_dim * self.dtype.itemsize
         if self.has_scales:
             bytes_per_head += torch.float32.itemsize
-        return 2 * self.num_layers * self.num_kv_heads * bytes_per_head
+        return self.tensors_per_layer * self.num_layers * self.num_kv_heads * bytes_per_head
 
     @property
     def bytes_per_block(self) -> int:
@@ -92,6 +106,14 @@ class LayerKV:
     value_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerLatents:
+    """latent: [num_blocks, block_size, width]; scale: [num_blocks, block_size] float32, of 8-bit formats."""
+
+    latent: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
 class KVCache:
     """The pools of all layers. Block 0 stays zero."""
 
@@ -100,25 +122,22 @@ class KVCache:
     def __init__(self, shape: KVCacheShape, num_blocks: int, *, device: torch.device) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        heads = () if shape.is_latent else (shape.num_kv_heads,)
+        size = (num_blocks, shape.block_size, *heads, shape.head_dim)
 
-        def pool() -> torch.Tensor:
-            return _zeros(size, dtype=shape.dtype, device=device)
+        def tensors() -> list[torch.Tensor]:
+            """A layer's: what is stored, then the scales where there are any."""
+            stored = [_zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.tensors_per_layer)]
+            if not shape.has_scales:
+                return stored
+            return stored + [_zeros(size[:-1], dtype=torch.float32, device=device) for _ in stored]
 
-        def scales() -> torch.Tensor | None:
-            return _zeros(size[:3], dtype=torch.float32, device=device) if shape.has_scales else None
-
-        self.layers = [
-            LayerKV(key=pool(), value=pool(), key_scale=scales(), value_scale=scales())
-            for _ in range(shape.num_layers)
-        ]
+        tensors_of_layers = [tensors() for _ in range(shape.num_layers)]
+        layer_type: type[LayerKV | LayerLatents] = LayerLatents if shape.is_latent else LayerKV
+        self.layers = [layer_type(*tensors_of_layer) for tensors_of_layer in tensors_of_layers]
         self.pools = find_pools(
-            [
-                pool
-                for layer in self.layers
-                for pool in (layer.key, layer.value, layer.key_scale, layer.value_scale)
-                if pool is not None
-            ],
+            [pool for tensors_of_layer in tensors_of_layers for pool in tensors_of_layer],
+            tensors_per_layer=shape.tensors_per_layer,
             has_scales=shape.has_scales,
         )
 

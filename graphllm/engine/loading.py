@@ -15,7 +15,7 @@ import torch
 from graphllm.arena import Arena
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
-from graphllm.cache.kv_cache import KVCache, KVCacheShape, resolve_kv_dtype
+from graphllm.cache.kv_cache import KVCache, resolve_kv_dtype
 from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
 from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
@@ -84,10 +84,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
     )
-    kv_shape = KVCacheShape(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
+    kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=device_capability(torch_device)),
     )

@@ -116,10 +116,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
     checkpoint = DummyCheckpoint(resolve_model(config, with_weights=False))
     model_config = read_model_config(checkpoint, find_family(checkpoint))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
-    kv_shape = KVCacheShape(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
+    kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=card_capability(plan_config.gpu)),
     )

@@ -1,7 +1,7 @@
 """Copies of whole KV blocks, over all layers at once: within the pools, out to host memory, back in.
 
-A block of the cache is a piece of each pool (a layer's keys, its values, and where they are in 8 bits their
-scales). On the host a block is one run of bytes, its pieces in the order of the pools:
+A block of the cache is a piece of each pool (a layer's keys and values, or its latents, and where they are in
+8 bits their scales). On the host a block is one run of bytes, its pieces in the order of the pools:
 
     within:  pool_p[destination] = pool_p[source]        for each pool p and (source, destination)
     out:     host[destination, piece p] = pool_p[source]
@@ -47,22 +47,24 @@ class BlockPools:
     """The pools of a cache, as copies see them.
 
     pools: the layers' tensors in order, [num_blocks, ...] each and contiguous; a layer has its keys and
-    values, then their scales or none. addresses: [num_pools] int64, where each pool begins, on its device.
+    values, or only its latents (tensors_per_layer), then their scales or none. addresses: [num_pools] int64,
+    where each pool begins, on its device.
     """
 
     pools: tuple[Tensor, ...]
     addresses: Tensor
     has_scales: bool
+    tensors_per_layer: int = 2
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of a block in a pool of keys or values."""
+        """Bytes of a block in a pool of keys, values or latents."""
         return self.pools[0][0].nbytes
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of a block in a pool of scales; 0 where there are none."""
-        return self.pools[2][0].nbytes if self.has_scales else 0
+        return self.pools[self.tensors_per_layer][0].nbytes if self.has_scales else 0
 
     @property
     def bytes_per_block(self) -> int:
@@ -70,12 +72,12 @@ class BlockPools:
         return sum(pool[0].nbytes for pool in self.pools)
 
 
-def find_pools(pools: Sequence[Tensor], *, has_scales: bool) -> BlockPools:
+def find_pools(pools: Sequence[Tensor], *, has_scales: bool, tensors_per_layer: int = 2) -> BlockPools:
     """Look up where pools lie, once; they must stay there. See `BlockPools`."""
     assert all(pool.is_contiguous() for pool in pools), "a block is one piece of each pool"
-    assert len(pools) % (4 if has_scales else 2) == 0, "every layer has the same pools"
+    assert len(pools) % (tensors_per_layer * (1 + has_scales)) == 0, "every layer has the same pools"
     addresses = torch.tensor([pool.data_ptr() for pool in pools], dtype=torch.int64)
-    found = BlockPools(tuple(pools), addresses.to(pools[0].device), has_scales)
+    found = BlockPools(tuple(pools), addresses.to(pools[0].device), has_scales, tensors_per_layer)
     assert found.kv_bytes % _WORD_BYTES == 0, "blocks are moved in whole words"
     return found
 
@@ -105,9 +107,10 @@ def block_copy_ref(pools: BlockPools, pairs: Tensor, *, kind: CopyKind, host: Te
 def _block_copy_kernel(
     addresses,  # [NUM_POOLS] int64
     pairs,  # [num_pairs, 2] int64
-    host,  # [num_host_blocks, NUM_LAYERS * (2 * KV_WORDS + 2 * SCALE_WORDS)] int32, or None
+    host,  # [num_host_blocks, NUM_LAYERS * TENSORS * (KV_WORDS + SCALE_WORDS)] int32, or None
     num_items,  # num_pairs * NUM_POOLS * TILES
     NUM_POOLS: tl.constexpr,
+    TENSORS: tl.constexpr,
     POOLS_PER_LAYER: tl.constexpr,
     KV_WORDS: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
@@ -119,21 +122,22 @@ def _block_copy_kernel(
 
     No dependent launch: copies run on streams of their own, or before a step's first kernel.
     """
-    LAYER_WORDS: tl.constexpr = 2 * KV_WORDS + 2 * SCALE_WORDS
+    LAYER_WORDS: tl.constexpr = TENSORS * (KV_WORDS + SCALE_WORDS)
     RUN_WORDS: tl.constexpr = LAYER_WORDS * (NUM_POOLS // POOLS_PER_LAYER)
     words = tl.arange(0, TILE)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         pair = item // (NUM_POOLS * TILES)
         pool = item // TILES % NUM_POOLS
         within = (item % TILES) * TILE + words
-        kind_of_pool = pool % POOLS_PER_LAYER  # keys, values, their scales
-        is_scale = kind_of_pool >= 2
+        kind_of_pool = pool % POOLS_PER_LAYER  # keys and values, or latents; then their scales
+        is_scale = kind_of_pool >= TENSORS
         size = tl.where(is_scale, SCALE_WORDS, KV_WORDS)
         source = tl.load(pairs + 2 * pair)  # int64
         destination = tl.load(pairs + 2 * pair + 1)
         # Multiples of 16 bytes wherever a block is moved, which the compiler cannot know of an address.
         piece = tl.multiple_of(tl.load(addresses + pool).to(tl.pointer_type(tl.int32)), 16)
-        before = tl.where(is_scale, 2 * KV_WORDS + (kind_of_pool - 2) * SCALE_WORDS, kind_of_pool * KV_WORDS)
+        before_scales = TENSORS * KV_WORDS + (kind_of_pool - TENSORS) * SCALE_WORDS
+        before = tl.where(is_scale, before_scales, kind_of_pool * KV_WORDS)
         in_run = (pool // POOLS_PER_LAYER) * LAYER_WORDS + before
         if KIND == 0:
             read = piece + source * size
@@ -167,7 +171,8 @@ def block_copy(pools: BlockPools, pairs: Tensor, *, kind: CopyKind, host: Tensor
         None if host is None else host.view(torch.int32),
         num_items,
         NUM_POOLS=len(pools.pools),
-        POOLS_PER_LAYER=4 if pools.has_scales else 2,
+        TENSORS=pools.tensors_per_layer,
+        POOLS_PER_LAYER=pools.tensors_per_layer * (1 + pools.has_scales),
         KV_WORDS=kv_words,
         SCALE_WORDS=scale_words,
         TILES=tiles,

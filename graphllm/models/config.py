@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from graphllm.cache.kv_cache import KVCacheShape
 from graphllm.kernels.gated_activation import Activation
 from graphllm.layers.attention import QKNormConfig
 from graphllm.layers.latent_attention import LatentConfig
@@ -106,6 +107,16 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def kv_cache_shape(self, *, block_size: int, dtype: torch.dtype) -> KVCacheShape:
+        """What the model keeps of a token; dtype: of the cache."""
+        return KVCacheShape(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=block_size,
+            dtype=dtype,
+        )
 
     def one_layer_of_each_kind(self) -> ModelConfig:
         """The smallest decoder that launches every kernel of this one."""

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, LayerCache
+from graphllm.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionSpec,
+    LatentCache,
+    LayerCache,
+)
 from graphllm.kernels.embedding import embedding
 from graphllm.kernels.logit_adjustment import adjust_logits
 from graphllm.kernels.residual_add import residual_add
@@ -110,7 +116,7 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor,
         rotary_tables: torch.Tensor | None,
         *,
-        layer_cache: LayerCache,
+        layer_cache: LayerCache | LatentCache,
         metadata: AttentionMetadata,
         arena: Arena,
     ) -> torch.Tensor | None:
@@ -230,7 +236,7 @@ class Decoder(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         *,
-        layer_caches: Sequence[LayerCache],
+        layer_caches: Sequence[LayerCache | LatentCache],
         metadata: AttentionMetadata,
         arena: Arena,
         sampled_tokens: torch.Tensor,
@@ -308,7 +314,7 @@ class Decoder(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         *,
-        layer_caches: Sequence[LayerCache],
+        layer_caches: Sequence[LayerCache | LatentCache],
         metadata: AttentionMetadata,
         arena: Arena,
         sampled_tokens: torch.Tensor,

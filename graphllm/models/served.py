@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionMetadata, LayerCache
+from graphllm.attention.backend import AttentionBackend, AttentionMetadata, LatentCache, LayerCache
 from graphllm.models.config import ModelConfig
 
 
@@ -27,7 +27,7 @@ class ServedModel(Protocol):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         *,
-        layer_caches: Sequence[LayerCache],
+        layer_caches: Sequence[LayerCache | LatentCache],
         metadata: AttentionMetadata,
         arena: Arena,
         sampled_tokens: torch.Tensor,

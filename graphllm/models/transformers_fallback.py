@@ -12,13 +12,19 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec, LayerCache
+from graphllm.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionSpec,
+    LatentCache,
+    LayerCache,
+)
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.kernels.embedding import embedding
 from graphllm.layers.norm import NormConfig
@@ -365,7 +371,7 @@ class FallbackDecoder:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         *,
-        layer_caches: Sequence[LayerCache],
+        layer_caches: Sequence[LayerCache | LatentCache],
         metadata: AttentionMetadata,
         arena: Arena,
         sampled_tokens: torch.Tensor,
@@ -373,7 +379,9 @@ class FallbackDecoder:
     ) -> Iterator[None]:
         """See `Decoder.forward_in_slices`."""
         step = self._step
-        step.layer_caches, step.metadata, step.arena = layer_caches, metadata, arena
+        # Modules of transformers cache whole heads, whatever their keys and values came out of.
+        step.layer_caches = cast("Sequence[LayerCache]", layer_caches)
+        step.metadata, step.arena = metadata, arena
         hidden = self._base(input_ids[None], positions=positions[None])[0]
         arena.take("residual", *hidden.shape, dtype=self.dtype).copy_(hidden)
         yield

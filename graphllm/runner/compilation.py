@@ -26,7 +26,7 @@ import triton
 from triton import knobs
 
 from graphllm.arena import Arena
-from graphllm.cache.kv_cache import KVCache, KVCacheShape, resolve_kv_dtype
+from graphllm.cache.kv_cache import KVCache, resolve_kv_dtype
 from graphllm.config import EngineConfig
 from graphllm.kernels.linear_choice import table_path
 from graphllm.kernels.skinny_linear import prefetches_weights
@@ -173,10 +173,7 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
     )
     fill_random(model, seed=0)
     parts = assemble_step(config, limits, device, model=model, arena=arena)
-    kv_shape = KVCacheShape(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
+    kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype),
     )

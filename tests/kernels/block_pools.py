@@ -17,10 +17,23 @@ KV_DTYPES = [
 
 
 def random_cache(
-    dtype: torch.dtype, *, num_blocks: int, num_layers: int = 2, head_dim: int = 10, device: torch.device
+    dtype: torch.dtype,
+    *,
+    num_blocks: int,
+    num_layers: int = 2,
+    head_dim: int = 10,
+    is_latent: bool = False,
+    device: torch.device,
 ) -> KVCache:
     """Random bytes in every pool, NaN among them."""
-    shape = KVCacheShape(num_layers=num_layers, num_kv_heads=2, head_dim=head_dim, block_size=8, dtype=dtype)
+    shape = KVCacheShape(
+        num_layers=num_layers,
+        num_kv_heads=1 if is_latent else 2,
+        head_dim=head_dim,
+        block_size=8,
+        dtype=dtype,
+        is_latent=is_latent,
+    )
     cache = KVCache(shape, num_blocks, device=device)
     generator = torch.Generator().manual_seed(0)
     for pool in cache.pools.pools:

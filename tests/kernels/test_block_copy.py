@@ -20,9 +20,12 @@ def test_a_copied_block_has_its_sources_bytes_in_every_pool(dtype: torch.dtype) 
         assert torch.equal(new, old[[0, 1, 3, 3, 1, 1]])
 
 
+@pytest.mark.parametrize("is_latent", [False, True])
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-def test_a_block_is_one_run_on_the_host_and_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
-    cache = random_cache(dtype, num_blocks=6, device=CPU)
+def test_a_block_is_one_run_on_the_host_and_comes_back_bit_for_bit(
+    dtype: torch.dtype, is_latent: bool
+) -> None:
+    cache = random_cache(dtype, num_blocks=6, is_latent=is_latent, device=CPU)
     before = bytes_of(cache)
     host = torch.full((4, cache.pools.bytes_per_block), 77, dtype=torch.uint8)
     block_copy_ref(cache.pools, torch.tensor([[5, 0], [2, 3]]), kind=CopyKind.OUT, host=host)
@@ -34,7 +37,8 @@ def test_a_block_is_one_run_on_the_host_and_comes_back_bit_for_bit(dtype: torch.
         assert torch.equal(new, old[[0, 2, 2, 3, 5, 5]])
 
 
+@pytest.mark.parametrize("is_latent", [False, True])
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-def test_a_run_is_as_long_as_the_plan_counts(dtype: torch.dtype) -> None:
-    cache = random_cache(dtype, num_blocks=2, device=CPU)
+def test_a_run_is_as_long_as_the_plan_counts(dtype: torch.dtype, is_latent: bool) -> None:
+    cache = random_cache(dtype, num_blocks=2, is_latent=is_latent, device=CPU)
     assert cache.pools.bytes_per_block == cache.shape.bytes_per_block

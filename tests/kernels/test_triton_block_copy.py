@@ -35,10 +35,13 @@ def copied(cache: KVCache, kind: CopyKind, host: torch.Tensor | None, *, by_kern
 
 @pytest.mark.parametrize("kind", CopyKind)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [2, 18])
-def test_kernel_copies_what_its_reference_copies(kind: CopyKind, dtype: torch.dtype, head_dim: int) -> None:
-    cache = random_cache(dtype, num_blocks=7, head_dim=head_dim, device=DEVICE)
-    expected = random_cache(dtype, num_blocks=7, head_dim=head_dim, device=torch.device("cpu"))
+@pytest.mark.parametrize(("head_dim", "is_latent"), [(2, False), (18, False), (18, True)])
+def test_kernel_copies_what_its_reference_copies(
+    kind: CopyKind, dtype: torch.dtype, head_dim: int, is_latent: bool
+) -> None:
+    sizes = {"num_blocks": 7, "head_dim": head_dim, "is_latent": is_latent}
+    cache = random_cache(dtype, **sizes, device=DEVICE)
+    expected = random_cache(dtype, **sizes, device=torch.device("cpu"))
     host = None if kind is CopyKind.WITHIN else host_memory(4, cache.pools.bytes_per_block)
     expected_host = None if host is None else host.clone()
     copied(cache, kind, host, by_kernel=True)
