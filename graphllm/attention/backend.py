@@ -144,8 +144,9 @@ class AttentionBackend(Protocol):
     """Computes attention over a paged cache.
 
     `plan` runs on the host and sees addresses and sizes only. `begin_step` runs on the device once
-    a step, before the first layer, and builds what all layers share. `forward` runs on the device, when
-    the layer has written the step's keys and values into the cache.
+    a step, before the first layer, and builds what all layers share. `forward`, or for a layer whose cache
+    holds latents `forward_latent`, runs on the device, when the layer has written the step's tokens into the
+    cache.
     """
 
     capture_support: CaptureSupport
@@ -172,5 +173,21 @@ class AttentionBackend(Protocol):
         the softmax and has no value (gpt-oss). slopes: [num_heads] float32, ALiBi's; not with
         sinks. out: [num_tokens, num_heads, head_dim], contiguous; what padding tokens leave there is not
         defined.
+        """
+        ...
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        metadata: AttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend the step's queries, brought to the latent, into `out`.
+
+        query: [num_tokens, num_heads, rank + turned_dim], contiguous; out: [num_tokens, num_heads, rank],
+        contiguous, weighted sums of latents; what padding tokens leave there is not defined.
         """
         ...

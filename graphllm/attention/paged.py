@@ -1,7 +1,7 @@
 """Attention over our own paged KV cache, on the CPU.
 
 Owns the step's work list and the scratch memory behind it. The mathematics is in
-`kernels/paged_attention.py`.
+`kernels/paged_attention.py` and `kernels/paged_latent_attention.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from graphllm.attention.backend import (
     AttentionMetadata,
     AttentionSpec,
     CaptureSupport,
+    LatentAttentionSpec,
+    LatentCache,
     LayerCache,
 )
 from graphllm.attention.row_groups import RowGroup, group_rows
 from graphllm.kernels.gather_kv import gather_scratch_bytes
 from graphllm.kernels.paged_attention import gathered_attention, paged_attention_ref
+from graphllm.kernels.paged_latent_attention import gathered_latent_attention
 
 
 class PagedAttention:
@@ -136,6 +139,55 @@ class PagedAttention:
             else None,
         )
         return attended.flatten(0, 1)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        metadata: AttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """See `AttentionBackend.forward_latent`."""
+        assert layer_cache.latent.shape[1] == self.block_size, "the KV cache has another block size"
+        groups: list[RowGroup] = metadata.work
+        for group in groups:
+            of_group = query if len(groups) == 1 else query[group.tokens]
+            # Only rows in one run can be written where they belong.
+            is_run = isinstance(group.tokens, slice)
+            to = out[group.tokens] if is_run else out.new_empty(*of_group.shape[:2], spec.rank)
+            self._attend_latent(of_group, group, layer_cache=layer_cache, spec=spec, out=to)
+            if not is_run:
+                out[group.tokens] = to
+
+    def _attend_latent(
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        out: torch.Tensor,
+    ) -> None:
+        """One group's rows. query: [num_rows * query_len, num_heads, width]; out: as many of rank."""
+        num_slots, is_scaled = len(group.slots), layer_cache.scale is not None
+        scratch_dtype = query.dtype if is_scaled else layer_cache.latent.dtype
+        gather_scratch = None
+        if is_scaled:
+            num_bytes = gather_scratch_bytes(num_slots, 1, spec.width)
+            gather_scratch = self._take_scratch("stored", num_bytes, dtype=torch.uint8)
+        gathered_latent_attention(
+            query.view(group.num_rows, group.query_len, spec.num_heads, spec.width),
+            layer_cache.latent,
+            slots=group.slots,
+            mask=group.mask(None, query.dtype) if group.query_len == 1 else None,
+            scale=spec.scale,
+            scratch=self._take_scratch("keys", num_slots * spec.width, dtype=scratch_dtype),
+            cache_scale=layer_cache.scale,
+            gather_scratch=gather_scratch,
+            out=out.view(group.num_rows, group.query_len, spec.num_heads, spec.rank),
+        )
 
     def _take_scratch(self, name: str, num_elements: int, *, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized flat tensor, the same memory in every layer and step."""
