@@ -24,6 +24,7 @@ from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
+from graphllm.models.quantization import read_quantization, refuse_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.served import ServedModel
 from graphllm.models.transformers_fallback import find_fallback
@@ -63,6 +64,8 @@ class LoadedModel:
     rates: MeasuredRates
     constraints: ConstraintBuilder
     vocab_size: int
+    quantization: str
+    """How weights are stored; "" for plain numbers."""
 
 
 def load(config: EngineConfig, device: Device, *, show_progress: bool) -> LoadedModel:
@@ -73,13 +76,18 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     fallback = find_fallback(
         checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
     )
+    torch_device = device.torch_device
+    quantization = ""
     if fallback is None:
         model_config = read_model_config(checkpoint, find_family(checkpoint))
+        stored = read_quantization(checkpoint, asked=config.quantization)
+        stored.check_device(device_type=torch_device.type, capability=device_capability(torch_device))
+        quantization = stored.description
     else:
+        refuse_quantization(checkpoint, asked=config.quantization)
         model_config = fallback.config
     # A module of transformers allocates in its steps, which a capture must not.
     captures = not config.enforce_eager and fallback is None
-    torch_device = device.torch_device
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
@@ -107,6 +115,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
                     dtype=dtype,
                     progress=advance,
                     max_model_len=limits.max_model_len,
+                    quantization=config.quantization,
                 )
             else:
                 model = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
@@ -150,9 +159,10 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     )
     rates = MeasuredRates(kv_shape.bytes_per_block)
     logger.info(
-        "%s: %s, context %d, %d KV blocks of %d tokens (%s, %.2f GiB), %d more on the host",
+        "%s: %s%s, context %d, %d KV blocks of %d tokens (%s, %.2f GiB), %d more on the host",
         config.model,
         str(dtype).removeprefix("torch."),
+        f", weights in {quantization}" if quantization else "",
         plan.max_model_len,
         plan.num_blocks - 1,
         plan.block_size,
@@ -164,7 +174,12 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         tokenizer=tokenizer,
         plan=plan,
         scheduler=_build_scheduler(
-            config, plan, host=host, rates=rates, kv_dtype=kv_shape.dtype, eos_token_ids=eos_token_ids
+            config,
+            plan,
+            host=host,
+            rates=rates,
+            kv_fingerprint=f"{kv_shape.dtype} {quantization}",
+            eos_token_ids=eos_token_ids,
         ),
         runner=runner,
         swapper=_build_swapper(kv_cache, host, device=device),
@@ -176,6 +191,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             compiler=_build_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
         vocab_size=model_config.vocab_size,
+        quantization=quantization,
     )
 
 
@@ -185,7 +201,7 @@ def _build_scheduler(
     *,
     host: HostPlan,
     rates: MeasuredRates,
-    kv_dtype: torch.dtype,
+    kv_fingerprint: str,
     eos_token_ids: frozenset[int],
 ) -> Scheduler:
     return Scheduler(
@@ -200,7 +216,7 @@ def _build_scheduler(
         eos_token_ids=eos_token_ids,
         host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),
         # One process has one model in one format; what else changes KV goes here.
-        kv_fingerprint=str(kv_dtype).encode(),
+        kv_fingerprint=kv_fingerprint.encode(),
         predictor=rates,
     )
 

@@ -19,6 +19,8 @@ from graphllm.errors import ConfigError
 from graphllm.models.checkpoint import resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.fallback_choice import refuse_without_weights
+from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.runner.memory_estimate import (
     WeightBytes,
@@ -48,13 +50,17 @@ _MOST_SUGGESTED_SEQS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityPlan:
-    """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card."""
+    """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card.
+
+    quantization: how weights are stored, "" for plain numbers.
+    """
 
     model: str
     gpu: str
     config: EngineConfig
     model_config: ModelConfig
     dtype: torch.dtype
+    quantization: str
     weights: WeightBytes
     kv_shape: KVCacheShape
     limits: StepLimits
@@ -114,6 +120,9 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         raise ConfigError("--device cpu: a plan is of a CUDA device's memory.")
     assert plan_config.gpu is not None
     checkpoint = DummyCheckpoint(resolve_model(config, with_weights=False))
+    refuse_without_weights(
+        checkpoint, model_impl=config.model_impl, what="`graphllm plan` knows the memory of"
+    )
     model_config = read_model_config(checkpoint, find_family(checkpoint))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
     kv_shape = model_config.kv_cache_shape(
@@ -121,7 +130,9 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=card_capability(plan_config.gpu)),
     )
     limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
-    weights = weight_bytes(model_config, dtype)
+    quantization = read_quantization(checkpoint, asked=config.quantization)
+    quantization.check_device(device_type="cuda", capability=card_capability(plan_config.gpu))
+    weights = weight_bytes(model_config, dtype, quantization=quantization)
     total_bytes = parse_card(plan_config.gpu)
     free_bytes_at_start = total_bytes - ASSUMED_CONTEXT_BYTES
     memory = DeviceMemory(
@@ -145,6 +156,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         config=config,
         model_config=model_config,
         dtype=dtype,
+        quantization=quantization.description,
         weights=weights,
         kv_shape=kv_shape,
         limits=limits,
@@ -161,6 +173,7 @@ def as_json(capacity: CapacityPlan) -> dict[str, Any]:
         "model": capacity.model,
         "gpu": capacity.gpu,
         "dtype": _name(capacity.dtype),
+        "quantization": capacity.quantization or None,
         "fits": capacity.plan is not None,
         "reason": capacity.refusal,
         "total_bytes": memory.total_bytes,
@@ -214,7 +227,7 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
     rows = [
         ("may be in use", may_use, f"--gpu-memory-utilization {capacity.config.gpu_memory_utilization:g}"),
         ("CUDA context", memory.other_bytes, "assumed; other processes' part comes on top"),
-        ("weights", weights.total, ""),
+        ("weights", weights.total, capacity.quantization),
         ("  embedding", weights.embedding, ""),
         ("  attention", weights.attention, ""),
         ("  feed-forward", weights.feed_forward, ""),

@@ -42,7 +42,8 @@ class ModelConfig:
     Attention: num_heads is a multiple of num_kv_heads; consecutive query heads share a key/value head.
     attention_scale multiplies q.k; attention_softcap bounds the scores (`kernels/paged_attention.py`).
     has_sinks: each head has a learned logit that takes part in the softmax and has no value. latent: heads
-    come out of latents; attention_bias is then that of all projections but those out of them.
+    come out of latents, which are what is cached; attention_bias is then that of all projections but those
+    out of them.
     attention_bias is that of query, key and value, attention_output_bias that of the projection behind
     them. qk_norm: query and key heads are normalized before rotary. alibi_scale: a query's scores
     fall linearly with a key's distance (Press et al., 2021, arXiv:2108.12409), by so many times each head's
@@ -110,12 +111,14 @@ class ModelConfig:
 
     def kv_cache_shape(self, *, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         """What the model keeps of a token; dtype: of the cache."""
+        is_latent = self.latent is not None
         return KVCacheShape(
             num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            num_kv_heads=1 if is_latent else self.num_kv_heads,
+            head_dim=self.latent.width if self.latent is not None else self.head_dim,
             block_size=block_size,
             dtype=dtype,
+            is_latent=is_latent,
         )
 
     def one_layer_of_each_kind(self) -> ModelConfig:

@@ -32,8 +32,12 @@ from graphllm.models import transformers_attention
 from graphllm.models.checkpoint import Checkpoint
 from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.fallback_choice import (
+    fallback_architecture,
+    is_known_to_transformers,
+    refuse_without_weights,
+)
 from graphllm.models.hf_config import MAX_NUM_LAYERS
-from graphllm.models.registry import FAMILIES
 from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.models.transformers_attention import (
     OUTLINE,
@@ -100,13 +104,11 @@ def find_fallback(
     never and "transformers" always. Raises CheckpointError that names the architecture and why it cannot be
     served, and ConfigError where transformers is not installed.
     """
-    names = checkpoint.hf_config.get("architectures")
-    if model_impl == "graphllm" or not isinstance(names, list) or len(names) != 1:
-        return None  # the registry says what is wrong with the latter
-    architecture = names[0]
-    if not isinstance(architecture, str):
+    architecture = fallback_architecture(checkpoint, model_impl=model_impl)
+    if architecture is None:
         return None
-    if model_impl == "auto" and any(architecture in family.architectures for family in FAMILIES):
+    if isinstance(checkpoint, DummyCheckpoint):
+        refuse_without_weights(checkpoint, model_impl=model_impl, what="--load-format dummy draws weights of")
         return None
     if not isinstance(checkpoint, FolderCheckpoint):
         if model_impl == "auto":
@@ -131,7 +133,6 @@ def _find_class(checkpoint: Checkpoint, architecture: str, *, trust_remote_code:
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError as error:
         raise ConfigError(
             f"No family of graphllm answers to architecture {architecture!r}, and the fallback needs "
@@ -139,10 +140,8 @@ def _find_class(checkpoint: Checkpoint, architecture: str, *, trust_remote_code:
         ) from error
     values = checkpoint.hf_config
     model_type = values.get("model_type")
-    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
-    is_known = architecture in (named if isinstance(named, tuple) else (named,))
     try:
-        if is_known:
+        if is_known_to_transformers(architecture, model_type):
             return CONFIG_MAPPING[model_type].from_dict(values), getattr(transformers, architecture)
         if "auto_map" in values and trust_remote_code:
             path = str(checkpoint.path)

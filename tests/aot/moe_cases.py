@@ -15,7 +15,6 @@ from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.expert_activation import ClampedSwiGLU, ExpertActivation
 from graphllm.kernels.grouped_gemv import grouped_gated_gemv, grouped_linear_sum_gemv
 from graphllm.kernels.grouped_linear import grouped_gated_linear, grouped_linear
-from graphllm.kernels.latent_heads import latent_heads, leading_dimensions
 from graphllm.kernels.moe_routing import RoutingRule, moe_routing
 from graphllm.kernels.moe_sum import SharedPart, moe_sum
 from graphllm.kernels.moe_tiles import ExpertTiles, expert_tiles, max_expert_tiles, rows_per_tile_for
@@ -167,22 +166,6 @@ def sums_of_experts(card: Card) -> None:
         )
 
 
-def heads_from_latents(card: Card) -> None:
-    """DeepSeek-V2-Lite's: 16 heads of 64 dimensions that turn and 128 that don't."""
-    num_heads, head_dim, value_dim = 16, 192, 128
-    latents = card.tensor(DECODE_TOKENS, 512 + 64, dtype=BF16)
-    latent_heads(
-        card.tensor(DECODE_TOKENS, num_heads, head_dim, dtype=BF16),
-        card.tensor(DECODE_TOKENS, num_heads, 128 + value_dim, dtype=BF16),
-        latents[:, 512:],
-        out=card.tensor(DECODE_TOKENS, 3 * num_heads, head_dim, dtype=BF16),
-    )
-    leading_dimensions(
-        card.tensor(DECODE_TOKENS, num_heads, head_dim, dtype=BF16),
-        out=card.tensor(DECODE_TOKENS, num_heads, value_dim, dtype=BF16),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """One layer's cache, as the attention contract has it."""
@@ -194,7 +177,7 @@ class Pool:
 
 
 def attention_of_models_with_experts(card: Card) -> None:
-    """A mixed step of gpt-oss, with sinks, and of DeepSeek-V2-Lite, whose heads have 192 dimensions."""
+    """A mixed step of gpt-oss, with sinks, and of heads of 192 dimensions."""
     arena = Arena(card.device)
     backend = TritonPagedAttention(
         block_size=16, arena=arena, max_num_rows=MAX_ROWS, max_model_len=MAX_MODEL_LEN
@@ -232,7 +215,6 @@ def attention_of_models_with_experts(card: Card) -> None:
 
 CASES = (
     attention_of_models_with_experts,
-    heads_from_latents,
     routings,
     tiles_of_experts,
     grouped_products,

@@ -8,7 +8,7 @@ import torch
 
 from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
-from graphllm.cache.kv_cache import LayerKV
+from graphllm.cache.kv_cache import KVCache
 from graphllm.models.decoder import Decoder
 
 BLOCK_SIZE = 4
@@ -30,11 +30,11 @@ class PagedModel:
     ) -> None:
         self.model, self.backend = model, backend
         config = model.config
-        size = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        self.layers = [
-            LayerKV(torch.full(size, torch.nan, dtype=dtype), torch.full(size, torch.nan, dtype=dtype))
-            for _ in range(config.num_layers)
-        ]
+        shape = config.kv_cache_shape(block_size=BLOCK_SIZE, dtype=dtype)
+        cache = KVCache(shape, NUM_BLOCKS, device=torch.device("cpu"))
+        for pool in cache.pools.pools:
+            pool.fill_(torch.nan)
+        self.layers = cache.layers
         order = 1 + torch.randperm(NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(1))
         self._free_blocks = order.tolist()
         self.block_tables = torch.zeros(NUM_SLOTS, MAX_BLOCKS, dtype=torch.int32)
