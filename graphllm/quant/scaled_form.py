@@ -4,7 +4,8 @@ For a layer they have `weight` [out, in] in e4m3 or int8, and its scales: one (`
 (`channel`), or one for each block of rows and inputs (`block`; DeepSeek-AI, 2024, arXiv:2412.19437), all
 factors that the values are multiplied by, whether their name ends in "_inv" or not. Activations are rounded
 with a scale for each token, with blocks for each token and block of inputs, or with one that the checkpoint
-gives for the layer.
+gives for the layer. A token's scale in int8 is its largest number over 127, as the kernels divide that such
+checkpoints are mostly served by; the library that writes them tries them out with 127.5.
 
 Owns the form as a value, the names, shapes and types of its tensors, and how they become rows of values and
 scales. A scale of a tensor or a block is repeated for each of its rows, so that parts of any size merge.

@@ -40,7 +40,8 @@ def scaled_rows(
 
 
 def rounded_rows(card: Card) -> None:
-    for dtype, group_size in formats(card):
+    forms = formats(card) if card.has_e4m3 else [(INT8, None), (INT8, BLOCK)]
+    for dtype, group_size in forms:
         x = card.tensor(64, HIDDEN, dtype=BF16)
         rows = scaled_rows(card, 64, HIDDEN, dtype=dtype, group_size=group_size)
         quantize_rows(x, group_size, given=None, out=rows.values, scales=rows.scales)

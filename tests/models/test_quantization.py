@@ -259,3 +259,153 @@ def test_without_tensors_a_configuration_packs_what_such_checkpoints_do() -> Non
     assert rules.form_of("lm_head", None) is None and with_head.form_of("lm_head", None) is not None
     assert without_gate.form_of("model.layers.0.mlp.gate", None) is None
     assert without_gate.form_of("model.layers.0.mlp.gate_proj", None) is not None
+
+
+PUBLISHED = {
+    "Qwen2.5-7B-Instruct-GPTQ-Int4": (
+        {
+            "bits": 4,
+            "checkpoint_format": "gptq",
+            "damp_percent": 0.01,
+            "desc_act": False,
+            "group_size": 128,
+            "model_file_base_name": None,
+            "model_name_or_path": None,
+            "quant_method": "gptq",
+            "static_groups": False,
+            "sym": True,
+            "true_sequential": True,
+        },
+        "GPTQ, 4 bits in groups of 128",
+    ),
+    "as GPTQModel writes it": (
+        {
+            "bits": 4,
+            "checkpoint_format": "gptq",
+            "desc_act": True,
+            "dynamic": None,
+            "group_size": 128,
+            "lm_head": False,
+            "meta": {"damp_percent": 0.01, "quantizer": ["gptqmodel:1.4.0"], "uri": "https://example.org"},
+            "pack_dtype": "int32",
+            "quant_method": "gptq",
+            "sym": True,
+        },
+        "GPTQ, 4 bits in groups of 128, act-order",
+    ),
+    "as transformers saves GPTQ": (
+        {
+            "backend": "auto_trainable",
+            "batch_size": 1,
+            "bits": 8,
+            "block_name_to_quantize": None,
+            "cache_block_outputs": True,
+            "damp_percent": 0.1,
+            "dataset": ["a text"],
+            "desc_act": False,
+            "exllama_config": {"version": 1},
+            "group_size": -1,
+            "max_input_length": None,
+            "meta": None,
+            "model_seqlen": None,
+            "module_name_preceding_first_block": None,
+            "modules_in_block_to_quantize": None,
+            "pad_token_id": None,
+            "quant_method": "gptq",
+            "sym": False,
+            "tokenizer": None,
+            "true_sequential": True,
+            "use_cuda_fp16": False,
+            "use_exllama": True,
+        },
+        "GPTQ, 8 bits in whole rows, asymmetric",
+    ),
+    "Qwen2.5-7B-Instruct-AWQ": (
+        {
+            "bits": 4,
+            "group_size": 128,
+            "modules_to_not_convert": None,
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        },
+        "AWQ, 4 bits in groups of 128, asymmetric",
+    ),
+    "Meta-Llama-3.1-8B-Instruct-quantized.w4a16": (
+        {
+            "config_groups": {
+                "group_0": {
+                    "input_activations": None,
+                    "output_activations": None,
+                    "targets": ["Linear"],
+                    "weights": {
+                        "actorder": "weight",
+                        "block_structure": None,
+                        "dynamic": False,
+                        "group_size": 128,
+                        "num_bits": 4,
+                        "observer": "minmax",
+                        "observer_kwargs": {},
+                        "strategy": "group",
+                        "symmetric": True,
+                        "type": "int",
+                    },
+                }
+            },
+            "format": "pack-quantized",
+            "global_compression_ratio": 1.89,
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": "0.10.3",
+        },
+        "compressed-tensors, 4 bits in groups of 128",
+    ),
+    "Meta-Llama-3.1-8B-Instruct-quantized.w8a8": (
+        {
+            "config_groups": {
+                "group_0": {
+                    "input_activations": {
+                        "actorder": None,
+                        "block_structure": None,
+                        "dynamic": True,
+                        "group_size": None,
+                        "num_bits": 8,
+                        "observer": None,
+                        "observer_kwargs": {},
+                        "strategy": "token",
+                        "symmetric": True,
+                        "type": "int",
+                    },
+                    "output_activations": None,
+                    "targets": ["Linear"],
+                    "weights": {
+                        "dynamic": False,
+                        "group_size": None,
+                        "num_bits": 8,
+                        "observer": "mse",
+                        "observer_kwargs": {},
+                        "strategy": "channel",
+                        "symmetric": True,
+                        "type": "int",
+                    },
+                }
+            },
+            "format": "int-quantized",
+            "ignore": ["lm_head"],
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        },
+        "int8, a scale a row, dynamic activations",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sections_that_are_published_are_understood(name: str) -> None:
+    section, description = PUBLISHED[name]
+    found = read_quantization(configured(quantization_config=section), asked=None)
+    assert found.description == description
