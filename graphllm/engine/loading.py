@@ -27,7 +27,7 @@ from graphllm.models.config import resolve_dtype
 from graphllm.models.quantization import read_quantization, refuse_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.served import ServedModel
-from graphllm.models.transformers_fallback import find_fallback
+from graphllm.models.transformers_fallback import FallbackDecoder, find_fallback
 from graphllm.models.weights import load_model
 from graphllm.runner.assembly import assemble_step, choose_backend, measure_largest_step
 from graphllm.runner.compilation import AheadCompilation
@@ -86,8 +86,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     else:
         refuse_quantization(checkpoint, asked=config.quantization)
         model_config = fallback.config
-    # A module of transformers allocates in its steps, which a capture must not.
-    captures = not config.enforce_eager and fallback is None
+    captures = not config.enforce_eager
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
@@ -118,7 +117,9 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
                     quantization=config.quantization,
                 )
             else:
-                model = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
+                module = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
+                captures = captures and device.graphs is not None and _may_be_captured(module)
+                model = module
         if ahead is not None:
             ahead.wait()
     with memory_errors_explained("intermediates, tables and the KV cache"):
@@ -193,6 +194,16 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         vocab_size=model_config.vocab_size,
         quantization=quantization,
     )
+
+
+def _may_be_captured(module: FallbackDecoder) -> bool:
+    """Whether decode steps of a module of transformers get graphs; says so in the log."""
+    obstacle = module.find_capture_obstacle()
+    if obstacle is None:
+        logger.info("decode steps of transformers' module are captured in CUDA graphs")
+    else:
+        logger.warning("transformers' module runs without CUDA graphs: %s", obstacle)
+    return obstacle is None
 
 
 def _build_scheduler(

@@ -19,10 +19,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Step = Callable[[torch.Tensor, torch.Tensor], object]
-"""One step of a module, from token ids and positions, [num_tokens] int64 each; whatever it returns is kept."""
+"""One step of a module, from token ids and positions, [num_tokens] int64 each."""
 
 _NUM_TOKENS = 4
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_UNTAGGED_READS = {"aten.is_nonzero.default", "aten.where.default"}  # the latter of a condition alone
+_INDEXING = ("aten.index.", "aten.index_put", "aten._index_put")
 
 
 class _Obstacle(Exception):
@@ -37,14 +39,14 @@ class _Trace:
     allocated: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
 
-class _Tracing(TorchDispatchMode):
+class _Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes a step's operations down. Raises _Obstacle at one that no graph can hold.
 
     before: the trace of the step before, whose memory must not be met again.
     """
 
     def __init__(self, trace: _Trace, *, before: _Trace | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace = trace
         self._before = {} if before is None else before.allocated
 
@@ -54,9 +56,9 @@ class _Tracing(TorchDispatchMode):
         kwargs = kwargs or {}
         name = str(func)
         given = list(_tensors_in((args, kwargs)))
-        if any(tag in func.tags for tag in _READS):
-            raise _Obstacle(f"it reads a value of the device ({name})")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _reads_values(func, name, args):
+            raise _Obstacle(f"it reads values of the device ({name})")
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_idle_dropout(func, args):
             raise _Obstacle(f"it draws random numbers ({name})")
         if any(tensor.untyped_storage()._cdata in self._before for tensor in given):
             raise _Obstacle(f"it keeps tensors from one step to the next ({name})")
@@ -96,6 +98,17 @@ def find_obstacle(step: Step, *, vocab_size: int, device: torch.device) -> str |
         if one != other:
             return f"what it does depends on the values ({one}, then {other})"
     return None if len(first) == len(second) else "what it does depends on the values"
+
+
+def _reads_values(func: Any, name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an operation's host part looks at a tensor: to return a number, or to know a size."""
+    if name.startswith(_INDEXING):  # by a mask, whose trues have to be counted first
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors_in(args[1]))
+    return name in _UNTAGGED_READS or any(tag in func.tags for tag in _READS)
+
+
+def _is_idle_dropout(func: Any, args: tuple[Any, ...]) -> bool:
+    return func is torch.ops.aten.dropout.default and not args[2]
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

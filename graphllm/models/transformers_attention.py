@@ -228,3 +228,19 @@ class PagedAttentionStep:
             out=attended,
         )
         return attended[None]
+
+
+class AbsentAttention:
+    """Attention that returns its queries, for looking at what a module does around it."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        return query.transpose(1, 2).contiguous()

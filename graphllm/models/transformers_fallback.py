@@ -32,6 +32,7 @@ from graphllm.models import transformers_attention
 from graphllm.models.checkpoint import Checkpoint
 from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.fallback_capture import find_obstacle
 from graphllm.models.fallback_choice import (
     fallback_architecture,
     is_known_to_transformers,
@@ -42,6 +43,7 @@ from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.models.transformers_attention import (
     OUTLINE,
     SERVING,
+    AbsentAttention,
     AttentionOutline,
     PagedAttentionStep,
     UnservableAttention,
@@ -119,11 +121,7 @@ def find_fallback(
         specs, hidden_size, vocab_size = _outline(hf_config, model_class)
     except UnservableAttention as error:
         raise _unservable(checkpoint, architecture, str(error)) from error
-    logger.warning(
-        "%s runs through transformers' own module, step by step without CUDA graphs: slower than a "
-        "declared family",
-        architecture,
-    )
+    logger.warning("%s runs through transformers' own module: slower than a declared family", architecture)
     config = _model_config(checkpoint, hf_config, specs, hidden_size=hidden_size, vocab_size=vocab_size)
     return Fallback(checkpoint, hf_config, model_class, config, specs)
 
@@ -387,6 +385,27 @@ class FallbackDecoder:
         if len(sampled_tokens):
             rows = self.final_hidden(sampled_tokens, num_tokens=len(input_ids), arena=arena)
             self.project(rows, arena=arena, out=logits)
+
+    def find_capture_obstacle(self) -> str | None:
+        """What keeps steps of the module out of captured graphs, None where nothing was found.
+
+        Attention is ours and is left out, as are the tokens between its rows: see `fallback_capture.py`.
+        """
+
+        def step(input_ids: torch.Tensor, positions: torch.Tensor) -> object:
+            hidden = self._base(input_ids[None], positions=positions[None])
+            self._base.given = hidden
+            try:
+                return self._module(input_ids=input_ids[None, :1], use_cache=False).logits
+            finally:
+                self._base.given = None
+
+        transformers_attention.attach(self._module, AbsentAttention())
+        try:
+            device = next(self._module.parameters()).device
+            return find_obstacle(step, vocab_size=self.config.vocab_size, device=device)
+        finally:
+            transformers_attention.attach(self._module, self._step)
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, **step: Any) -> None:
         """One step in one go; arguments as of `forward_in_slices`."""

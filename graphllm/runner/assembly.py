@@ -16,6 +16,7 @@ from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
 from graphllm.models.served import ServedModel
+from graphllm.models.transformers_fallback import FallbackDecoder
 from graphllm.runner.device import Device
 from graphllm.runner.graph_runner import GraphRunner
 from graphllm.runner.memory_plan import StepLimits
@@ -56,6 +57,7 @@ class StepParts:
             max_num_seqs=self.buffers.max_num_seqs,
             device=self.device.graphs if enabled else None,
             max_bytes=max_bytes,
+            is_foreign=isinstance(self.model, FallbackDecoder),
         )
 
     def new_runner(

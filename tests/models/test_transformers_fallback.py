@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 
 from graphllm.attention.backend import AttentionSpec
 from graphllm.attention.paged import PagedAttention
@@ -155,6 +156,23 @@ def test_greedy_tokens_are_those_of_transformers(both: tuple[PreTrainedModel, Fa
             assert int(logits.argmax()) == int(theirs(model, token_ids)[-1].argmax())
         token_ids.append(int(logits.argmax()))
         logits = ours.step([(0, token_ids[-1:])], num_decode_rows=1)[0]
+
+
+def test_every_served_module_may_be_captured_and_computes_the_same_after_the_question(
+    both: tuple[PreTrainedModel, Fallback],
+) -> None:
+    model, found = both
+    ours = paged(found)
+    assert ours.model.find_capture_obstacle() is None  # type: ignore[attr-defined]
+    assert error(ours.step([(0, prompt(20))]), theirs(model, prompt(20))) < TOLERANCE
+
+
+def test_a_module_that_no_graph_may_hold_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = paged(fallback(save(tiny("Arcee"), tmp_path / "model")))
+    forward = ArceeMLP.forward
+    monkeypatch.setattr(ArceeMLP, "forward", lambda mlp, x: forward(mlp, x) + 0 * torch.rand_like(x))
+    obstacle = ours.model.find_capture_obstacle()  # type: ignore[attr-defined]
+    assert obstacle == "it draws random numbers (aten.rand_like.default)"
 
 
 def test_they_have_no_declaration() -> None:
