@@ -30,8 +30,8 @@ class SlotInstall:
 class BlockAppend:
     """New entries of one slot's block tables: `blocks` go to columns `start` onwards.
 
-    In each column there is one for each group of layers. Those of the first column may take the place of older
-    entries, whose blocks were copied because others hold them too.
+    In each column there is one for each group of layers. Those of the first column may take the place of
+    older entries, whose blocks were copied because others hold them too.
     """
 
     slot: int

@@ -38,12 +38,8 @@ class PagedAttention:
         return AttentionMetadata(inputs, bucket)
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
-        """Group the rows by length and find the cache slots that each group reads."""
-        metadata.work = group_rows(
-            metadata.inputs,
-            num_decode_rows=metadata.bucket.num_decode_rows,
-            block_size=self.block_size,
-        )
+        """Group the rows by length."""
+        metadata.work = group_rows(metadata.inputs, num_decode_rows=metadata.bucket.num_decode_rows)
 
     def forward(
         self,
@@ -70,11 +66,14 @@ class PagedAttention:
             )
             return
         groups: list[RowGroup] = metadata.work
+        inputs = metadata.inputs
         if len(groups) == 1:
-            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec))
+            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec, inputs=inputs))
             return
         for group in groups:
-            out[group.tokens] = self._attend(query[group.tokens], group, layer_cache=layer_cache, spec=spec)
+            out[group.tokens] = self._attend(
+                query[group.tokens], group, layer_cache=layer_cache, spec=spec, inputs=inputs
+            )
 
     def _attend_by_reference(
         self,
@@ -94,7 +93,7 @@ class PagedAttention:
                 query,
                 layer_cache.key,
                 layer_cache.value,
-                block_tables=inputs.block_tables,
+                block_tables=inputs.groups[layer_cache.group].block_tables,
                 row_slots=inputs.row_slots,
                 query_lens=inputs.query_lens,
                 context_lens=inputs.context_lens,
@@ -109,18 +108,25 @@ class PagedAttention:
         )
 
     def _attend(
-        self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        *,
+        layer_cache: LayerCache,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
         group = group.within(spec.sliding_window)
-        num_tokens, width = len(group.slots), spec.num_kv_heads * spec.head_dim
+        slots = group.slots(inputs, layer_cache.group, block_size=self.block_size)
+        num_tokens, width = len(slots), spec.num_kv_heads * spec.head_dim
         is_scaled = layer_cache.key_scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.key.dtype
         attended = gathered_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.head_dim),
             layer_cache.key,
             layer_cache.value,
-            slots=group.slots,
+            slots=slots,
             mask=group.mask(spec.sliding_window, query.dtype),
             is_causal=group.is_causal(spec.sliding_window),
             scale=spec.scale,

@@ -76,7 +76,7 @@ class BlockLayout:
         return self.num_columns(window + max_step_tokens) + 2
 
     def longest_fitting(self, num_blocks: int, *, max_step_tokens: int, at_most: int) -> int:
-        """The longest sequence, in tokens, that `num_blocks` blocks hold in whole columns; `at_most` bounds it."""
+        """The longest sequence that `num_blocks` blocks hold, in whole columns or `at_most` tokens."""
         low, high = 0, self.num_columns(at_most)
         while low < high:
             middle = (low + high + 1) // 2

@@ -155,8 +155,8 @@ class BlockManager:
     def release(self, blocks: Iterable[int], *, backed: bool = False, passed: bool = False) -> None:
         """Give up one hold on each block, first to be reused first; the last holder's wait behind the fence.
 
-        `backed` says that the host tier has the same content; `passed`, that the blocks lie behind a window of
-        their holder, which goes on.
+        `backed` says that the host tier has the same content; `passed`, that the blocks lie behind a window
+        of their holder, which goes on.
         """
         for block in filter(None, blocks):
             self.touched.add(block)

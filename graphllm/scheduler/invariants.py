@@ -97,7 +97,7 @@ def _check_hashes(scheduler: Scheduler) -> None:
 
 
 def _check_windows(scheduler: Scheduler) -> None:
-    """Every group has what its window shows to a token that is still to come, and no more than it may hold."""
+    """Every group has what its window shows to a token still to come, and no more than it may hold."""
     layout = scheduler.block_manager.layout
     num_groups, most = layout.num_groups, scheduler.limits.max_num_batched_tokens
     for sequence in (*scheduler.running, *scheduler.moved):

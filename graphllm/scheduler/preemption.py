@@ -79,7 +79,7 @@ class Preemption:
                 needed -= needs[victim]
 
     def _num_blocks_soon(self, sequence: Sequence) -> int:
-        """Blocks that two more steps of a sequence take at the worst, in each group: one, unless it ends or is
+        """Blocks that two more steps of a sequence take at the worst: in each group one, unless it ends or is
         a prompt.
 
         Those that fall behind windows meanwhile may still be behind a fence.

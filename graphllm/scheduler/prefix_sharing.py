@@ -31,8 +31,8 @@ _Find = Callable[[bytes], int | None]
 class PrefixHit:
     """How much of a sequence exists: as block tables of leading full columns, 0 where no block is needed.
 
-    device_table: of the longest prefix that is on the device. fetched_table: of a longer one, part of which is
-    on the host, or the same; host_blocks: (entry in it, host block) of that part, whose entries are 0.
+    device_table: of the longest prefix that is on the device. fetched_table: of a longer one, part of which
+    is on the host, or the same; host_blocks: (entry in it, host block) of that part, whose entries are 0.
     """
 
     device_table: list[int]
@@ -301,7 +301,9 @@ class PrefixSharing:
     def _count_pinnable(self, hashes: list[bytes]) -> int:
         """How many columns the groups have that need them all, within the quota less the others' windows."""
         layout, end = self._layout, len(hashes)
-        num_in_windows = sum(end - layout.first_column(end * layout.block_size, window) for _, window in layout.windowed)
+        num_in_windows = sum(
+            end - layout.first_column(end * layout.block_size, window) for _, window in layout.windowed
+        )
         pinned = {block for pin in self._pins.values() for block in pin.blocks}
         for column, content_hash in enumerate(hashes):
             for group in layout.full_groups:

@@ -382,7 +382,7 @@ class Scheduler:
         return self.prefixes.look_up(sequence, self.host_tier, max_new_hashes=max_new_hashes)
 
     def _has_room_for(self, sequence: Sequence, cached_table: list[int]) -> bool:
-        """Whether there are blocks for all that a waiting sequence holds at once, beside those it starts from."""
+        """Whether there are blocks for all that a waiting sequence needs at once, but for those it has."""
         manager = self.block_manager
         num_groups = manager.layout.num_groups
         num_blocks = manager.layout.num_at_most(

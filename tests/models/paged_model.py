@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.cache.kv_cache import KVCache
 from graphllm.models.decoder import Decoder
 
@@ -59,8 +59,11 @@ class PagedModel:
             context_lens=starts + query_lens,
             query_starts=query_starts,
             positions=positions,
-            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-            block_tables=self.block_tables,
+            groups=(
+                GroupInputs(
+                    slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE, block_tables=self.block_tables
+                ),
+            ),
         )
         bucket = AttentionBucket(len(positions), len(rows), num_decode_rows)
         metadata = self.backend.plan(inputs, bucket)

@@ -3,8 +3,8 @@
 The KV of a position depends on all tokens up to it, so KV memory here holds, for each (block, offset), a
 checksum of exactly these tokens. Every row checks that the context it reads through its slot's block
 table is that of its slot's token history, so that a block given to two owners, a missed copy, a wrong
-cached prefix or a stale table fails at once; of a windowed group, the part of the context that its window shows.
-The "model" is a hash of the context and the sibling's number.
+cached prefix or a stale table fails at once. Of a windowed group it reads what the window shows. The
+"model" is a hash of the context and the sibling's number.
 
 Steps run only when the test completes them, as late as can be. A step that fails leaves garbage wherever
 it would have written. Copies between the tiers spoil their destination when they are launched and fill
@@ -225,7 +225,8 @@ class SimulatedDevice:
             for position in range(start, end):
                 block = blocks[position // size]
                 assert block != 0, "the null block is never written"
-                memory[block][position % size] = GARBAGE if slot.is_spoiled else chain[position] + group * _GROUP
+                kv = chain[position] + group * _GROUP
+                memory[block][position % size] = GARBAGE if slot.is_spoiled else kv
         slot.num_computed = end
 
     def _reads(self, slot: _Slot, num_tokens: int) -> bool:

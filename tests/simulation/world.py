@@ -140,7 +140,9 @@ CROWD = replace(
 
 
 # The same with two groups of layers that see a block or two beside one that sees everything.
-WINDOWED_STORM = replace(STORM, num_blocks=160, num_swap_blocks=128, num_cache_blocks=48, windows=(None, 5, 5))
+WINDOWED_STORM = replace(
+    STORM, num_blocks=160, num_swap_blocks=128, num_cache_blocks=48, windows=(None, 5, 5)
+)
 WINDOWED_CROWD = replace(
     CROWD, num_blocks=72, num_swap_blocks=128, num_cache_blocks=128, windows=(None, 7, 7)
 )
