@@ -124,7 +124,7 @@ def _gather_tokens(
     """
     group = tl.program_id(1)
     table = block_tables + group.to(tl.int64) * GROUP_STRIDE
-    is_first = group == 0
+    is_first = tl.zeros_like(position) + group == 0
     block = tl.load(table + slot * MAX_BLOCKS + position // BLOCK_SIZE, mask=is_real, other=0)
     token = tl.load(token_table + slot * TABLE_WIDTH + position, mask=is_real & is_first, other=0)
     cache_slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE

@@ -18,7 +18,10 @@ NUM_SLOTS = 8
 
 
 class PagedModel:
-    """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order."""
+    """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order.
+
+    So do slots of blocks that lie behind a layer's window: a runner gives these to others.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,17 @@ class PagedModel:
             sampled_tokens=torch.arange(len(positions)),
             logits=logits,
         )
+        for slot in slots.tolist():
+            self._spoil_behind_windows(slot)
         return logits
+
+    def _spoil_behind_windows(self, slot: int) -> None:
+        for layer, config in zip(self.layers, self.model.config.layers, strict=True):
+            if config.sliding_window is not None:
+                num_blocks = max(0, self.lengths[slot] - config.sliding_window + 1) // BLOCK_SIZE
+                blocks = self.block_tables[slot, :num_blocks]
+                for stored in (layer.key, layer.value):
+                    stored[blocks] = torch.nan
 
     def _extend(self, slot: int, num_tokens: int) -> None:
         num_blocks = -(-self.lengths[slot] // BLOCK_SIZE)
