@@ -170,6 +170,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run before a step in flight or a transfer ends."""
+        self.last_batch = None
         step = self._build()
         if not step.batch.rows and self.running and self._preemption.nothing_is_coming:
             # Everybody lacks a block, and whoever might give way has only just come back.
