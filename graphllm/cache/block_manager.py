@@ -50,6 +50,7 @@ class BlockManager:
         "layout",
         "num_blocks",
         "num_evicted_blocks",
+        "num_passed_blocks",
         "touched",
     )
 
@@ -61,6 +62,7 @@ class BlockManager:
         self.block_size = block_size
         self.layout = BlockLayout(block_size, windows)
         self.num_evicted_blocks = 0  # contents that were dropped from the cache to make room
+        self.num_passed_blocks = 0  # blocks that were released because they lay behind a window
         self.touched: set[int] = set()  # since the last check, when somebody checks
         self._free: deque[int] = deque(range(1, num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -159,6 +161,7 @@ class BlockManager:
         of their holder, which goes on.
         """
         for block in filter(None, blocks):
+            self.num_passed_blocks += passed
             self.touched.add(block)
             self._reference_counts[block] -= 1
             assert self._reference_counts[block] >= 0, "released more often than held"

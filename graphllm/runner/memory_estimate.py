@@ -115,7 +115,7 @@ def _latent_size(config: ModelConfig) -> int:
 def estimate_table_bytes(config: ModelConfig, limits: StepLimits, *, max_num_seqs: int) -> int:
     """Slot tables, step inputs, logits and masks of the sampled rows, scores of prompt tokens."""
     num_groups = config.kv_groups(max_model_len=limits.max_model_len).num_groups
-    ids_per_slot = limits.max_model_len + 1 + num_groups * limits.max_blocks_per_sequence
+    ids_per_slot = limits.max_model_len + 1 + num_groups * limits.table_width
     bytes_per_slot = 4 * ids_per_slot + 8 * MAX_LOGIT_BIAS + _SAMPLING_BYTES_PER_SLOT
     num_logits = num_logit_lines(limits, max_num_seqs) * config.vocab_size
     # Id, position and places in the cache; where and what is scored, logprob and rank, the alternatives.

@@ -43,8 +43,14 @@ class StepLimits:
 
     @property
     def max_blocks_per_sequence(self) -> int:
-        """Columns of a block table."""
+        """Columns of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a row of a block table: no less, and 16 bytes of int32 at a time, so that a kernel finds
+        each group's tables aligned alike."""
+        return -(-self.max_blocks_per_sequence // 4) * 4
 
 
 def num_logit_lines(limits: StepLimits, max_num_seqs: int) -> int:

@@ -117,11 +117,9 @@ class StagingRing:
         depth: int = 3,
     ) -> None:
         self._device = device
-        self._max_blocks = limits.max_blocks_per_sequence
+        self._table_width = limits.table_width
         self._num_groups = num_groups
-        self._group_size = (
-            limits.num_slots + 1
-        ) * limits.max_blocks_per_sequence  # entries of a group's table
+        self._tables_size = (limits.num_slots + 1) * limits.table_width  # entries of a group's tables
         self._padding_slot = padding_slot
         self._max_num_seqs = max_num_seqs
         self._hidden_size, self._dtype = hidden_size, dtype
@@ -281,7 +279,7 @@ class StagingRing:
         blocks, block_index = to
         for group in range(self._num_groups):
             of_group = entries[group :: self._num_groups]
-            first = group * self._group_size + slot * self._max_blocks + start
+            first = group * self._tables_size + slot * self._table_width + start
             blocks.extend(of_group)
             block_index.extend(range(first, first + len(of_group)))
 

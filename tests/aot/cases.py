@@ -164,6 +164,7 @@ class Cache:
     value: torch.Tensor
     key_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
+    group: int = 0
 
 
 def cache_of(card: Card, shape: Shape, dtype: torch.dtype) -> Cache:

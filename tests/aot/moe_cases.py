@@ -174,6 +174,7 @@ class Pool:
     value: torch.Tensor
     key_scale: None = None
     value_scale: None = None
+    group: int = 0
 
 
 def attention_of_models_with_experts(card: Card) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_tokens_far_beyond_the_window_are_those_of_transformers(windowed: Window
             assert found == [[tokens] for tokens in windowed.expected]
             assert_nothing_held(engine)
             assert (scheduler.counters.num_prefix_hit_tokens > 0) == caches
+            metrics = engine.metrics.render().decode()
+            released = re.search(r"^graphllm_window_released_blocks_total (\S+)$", metrics, re.MULTILINE)
+            assert released is not None and float(released[1]) > 3 * NUM_TOKENS // BLOCK_SIZE
+
+    asyncio.run(scenario())
+
+
+def test_transformers_own_modules_release_as_well(windowed: Windowed) -> None:
+    async def scenario() -> None:
+        flags = FLAGS | {"enable_prefix_caching": False, "model_impl": "transformers"}
+        async with running_engine(windowed.folder, **flags) as engine:
+            assert engine._loaded.model.scheduler.block_manager.layout.windows == windowed.windows
+            collector = Collector()
+            collector.on_write = lambda delta: spoil_free_blocks(engine)
+            spoil_free_blocks(engine)
+            engine.add("spoiled", windowed.prompts[0], params=LONG, sink=collector)
+            await ended(collector)
+            assert collector.token_ids == [windowed.expected[0]]
+            assert engine._loaded.model.scheduler.block_manager.num_passed_blocks > 0
 
     asyncio.run(scenario())
 
