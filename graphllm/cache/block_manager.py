@@ -237,6 +237,17 @@ class BlockManager:
         """The block with this content, held by anybody or nobody."""
         return self._block_of.get(content_hash)
 
+    def find_leading(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks with these contents, up to the first that is not there."""
+        blocks = []
+        find = self._block_of.get
+        for key in keys:
+            block = find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
     def hash_of(self, block: int) -> bytes | None:
         return self._hash_of[block]
 

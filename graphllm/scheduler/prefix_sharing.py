@@ -59,6 +59,11 @@ class _Publication:
     key: bytes
 
 
+def _keys(hashes: list[bytes], group: int) -> list[bytes]:
+    """What a group's blocks of these columns are called."""
+    return [content_key(content_hash, group) for content_hash in hashes] if group else hashes
+
+
 class PrefixSharing:
     """The prefix cache's policy over one block manager; at most `max_pinned_blocks` stay pinned."""
 
@@ -94,32 +99,50 @@ class PrefixSharing:
         end = (len(sequence.token_ids) - 1) // self._hasher.block_size
         hashes, find = sequence.block_hashes, self._manager.find
         may_hash = end if max_new_hashes is None else len(hashes) + max_new_hashes
-        num_full = self._count_full(sequence, 0, end, find=find, may_hash=may_hash)
-        if num_full is None:
+        runs = self._leading_blocks(sequence, end, may_hash=may_hash)
+        if runs is None:
             return None
+        num_full = min(map(len, runs)) if runs else end
         num_columns = self._count_all(hashes, num_full, find=find)
-        device_table = [block or NULL_BLOCK for block in self._table(hashes, num_columns)]
+        table = self._table(hashes, num_columns, runs=runs)
         if host.num_cache_blocks == 0:
-            return PrefixHit(device_table, device_table, [])
+            return PrefixHit(table, table, [])
 
         def find_anywhere(key: bytes) -> int | None:
             block = find(key)
             return host.find(key) if block is None else block
 
-        num_full = self._count_full(sequence, num_full, end, find=find_anywhere, may_hash=may_hash)
-        if num_full is None:
+        num_reached = self._count_full(sequence, num_full, end, find=find_anywhere, may_hash=may_hash)
+        if num_reached is None:
             return None
-        num_fetched = self._count_all(hashes, num_full, find=find_anywhere)
+        num_fetched = self._count_all(hashes, num_reached, find=find_anywhere)
         if num_fetched == num_columns:
-            return PrefixHit(device_table, device_table, [])
-        return self._with_host_blocks(hashes, num_fetched, device_table=device_table, host=host)
+            return PrefixHit(table, table, [])
+        return self._with_host_blocks(hashes, num_fetched, device_table=table, host=host)
+
+    def _leading_blocks(self, sequence: Sequence, end: int, *, may_hash: int) -> list[list[int]] | None:
+        """Of each group that needs all columns, the blocks of the leading ones, up to column `end`.
+
+        None when so many columns would have to be hashed that `may_hash` is passed.
+        """
+        hashes = sequence.block_hashes
+        runs: list[list[int]] = [[] for _ in self._layout.full_groups]
+        while True:
+            known = min(end, len(hashes))
+            for group, run in zip(self._layout.full_groups, runs, strict=True):
+                run += self._manager.find_leading(_keys(hashes[len(run) : known], group))
+            if known == end or any(len(run) < known for run in runs):
+                return runs
+            if known >= may_hash:
+                return None
+            self.hash_columns(sequence, min(end, known + _NUM_HASHES_AT_ONCE))
 
     def _count_full(
         self, sequence: Sequence, start: int, end: int, *, find: _Find, may_hash: int
     ) -> int | None:
         """The first column from `start` on that a group lacks which needs them all; `end` if none does.
 
-        None when so many columns would have to be hashed that `may_hash` is passed.
+        None as in `_leading_blocks`.
         """
         hashes = sequence.block_hashes
         for column in range(start, end):
@@ -138,29 +161,38 @@ class PrefixSharing:
             num_columns, lambda group, column: find(content_key(hashes[column], group)) is not None
         )
 
-    def _table(self, hashes: list[bytes], num_columns: int) -> list[int | None]:
-        """The device blocks of a prefix: 0 where none is needed, None where one is and is not there."""
-        layout, find = self._layout, self._manager.find
-        table: list[int | None] = [NULL_BLOCK] * (num_columns * layout.num_groups)
-        for group, window in enumerate(layout.windows):
+    def _table(self, hashes: list[bytes], num_columns: int, *, runs: list[list[int]]) -> list[int]:
+        """The blocks of a prefix that is on the device; `runs`: of the groups that need all columns."""
+        layout, num_groups = self._layout, self._layout.num_groups
+        table = [NULL_BLOCK] * (num_columns * num_groups)
+        for group, run in zip(layout.full_groups, runs, strict=True):
+            assert len(run) >= num_columns, "a group lacks a column"
+            table[group::num_groups] = run[:num_columns]
+        for group, window in layout.windowed:
             first = layout.first_column(num_columns * layout.block_size, window)
-            blocks = [find(content_key(content_hash, group)) for content_hash in hashes[first:num_columns]]
-            table[first * layout.num_groups + group :: layout.num_groups] = blocks
+            blocks = self._manager.find_leading(_keys(hashes[first:num_columns], group))
+            assert len(blocks) == num_columns - first, "a window has a gap"
+            table[first * num_groups + group :: num_groups] = blocks
         return table
 
     def _with_host_blocks(
         self, hashes: list[bytes], num_columns: int, *, device_table: list[int], host: HostTier
     ) -> PrefixHit:
         """A hit that has so many columns when the host's blocks are fetched."""
-        table = self._table(hashes, num_columns)
+        layout = self._layout
+        table = [NULL_BLOCK] * (num_columns * layout.num_groups)
         host_blocks = []
-        for entry, block in enumerate(table):
-            if block is None:
-                column, group = divmod(entry, self._layout.num_groups)
-                host_block = host.find(content_key(hashes[column], group))
-                assert host_block is not None, "it was found a moment ago"
-                host_blocks.append((entry, host_block))
-        return PrefixHit(device_table, [block or NULL_BLOCK for block in table], host_blocks)
+        for group, window in enumerate(layout.windows):
+            first = layout.first_column(num_columns * layout.block_size, window)
+            for column, key in enumerate(_keys(hashes[first:num_columns], group), first):
+                entry = column * layout.num_groups + group
+                block, host_block = self._manager.find(key), host.find(key)
+                if block is not None:
+                    table[entry] = block
+                else:
+                    assert host_block is not None, "it was found a moment ago"
+                    host_blocks.append((entry, host_block))
+        return PrefixHit(device_table, table, sorted(host_blocks))
 
     def find_confirmed(self, key: bytes) -> int | None:
         """The device block with this content, if that is certain."""
@@ -291,7 +323,9 @@ class PrefixSharing:
         end = len(token_ids) // layout.block_size
         self._hasher.extend(hashes, token_ids, num_blocks=end, cache_salt=cache_salt)
         num_columns = self._count_all(hashes, self._count_pinnable(hashes), find=self.find_confirmed)
-        blocks = [block for block in self._table(hashes, num_columns) if block]
+        find = self._manager.find_leading
+        runs = [find(_keys(hashes[:num_columns], group)) for group in layout.full_groups]
+        blocks = [block for block in self._table(hashes, num_columns, runs=runs) if block != NULL_BLOCK]
         self._manager.share(blocks)
         pin = PinnedPrefix(self._next_pin_id, num_columns * layout.block_size, tuple(blocks))
         self._next_pin_id += 1

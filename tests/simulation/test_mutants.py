@@ -204,9 +204,9 @@ MUTANTS = {
     ),
     "a prefix is found by the first group alone": Mutant(
         PrefixSharing,
-        "_count_full",
-        "in self._layout.full_groups:",
-        "in self._layout.full_groups[:1]:",
+        "look_up",
+        "min(map(len, runs))",
+        "len(runs[0])",
         configuration=replace(WINDOWED_STORM, windows=(None, None)),
         without_checks=True,
     ),
