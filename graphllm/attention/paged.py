@@ -163,7 +163,8 @@ class PagedAttention:
             # Only rows in one run can be written where they belong.
             is_run = isinstance(group.tokens, slice)
             to = out[group.tokens] if is_run else out.new_empty(*of_group.shape[:2], spec.rank)
-            self._attend_latent(of_group, group, layer_cache=layer_cache, spec=spec, out=to)
+            slots = group.slots(metadata.inputs, layer_cache.group, block_size=self.block_size)
+            self._attend_latent(of_group, group, slots=slots, layer_cache=layer_cache, spec=spec, out=to)
             if not is_run:
                 out[group.tokens] = to
 
@@ -172,12 +173,13 @@ class PagedAttention:
         query: torch.Tensor,
         group: RowGroup,
         *,
+        slots: torch.Tensor,
         layer_cache: LatentCache,
         spec: LatentAttentionSpec,
         out: torch.Tensor,
     ) -> None:
         """One group's rows. query: [num_rows * query_len, num_heads, width]; out: as many of rank."""
-        num_slots, is_scaled = len(group.slots), layer_cache.scale is not None
+        num_slots, is_scaled = len(slots), layer_cache.scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.latent.dtype
         gather_scratch = None
         if is_scaled:
@@ -186,7 +188,7 @@ class PagedAttention:
         gathered_latent_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.width),
             layer_cache.latent,
-            slots=group.slots,
+            slots=slots,
             mask=group.mask(None, query.dtype) if group.query_len == 1 else None,
             scale=spec.scale,
             scratch=self._take_scratch("keys", num_slots * spec.width, dtype=scratch_dtype),

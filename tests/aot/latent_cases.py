@@ -29,6 +29,7 @@ class Pool:
 
     latent: torch.Tensor
     scale: torch.Tensor | None
+    group: int = 0
 
 
 def pool_of(card: Card, *, is_scaled: bool) -> Pool:

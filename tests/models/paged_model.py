@@ -8,7 +8,7 @@ import torch
 
 from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
-from graphllm.cache.kv_cache import KVCache
+from graphllm.cache.kv_cache import KVCache, LayerKV
 from graphllm.models.decoder import Decoder
 
 BLOCK_SIZE = 4
@@ -91,6 +91,7 @@ class PagedModel:
             if config.sliding_window is not None:
                 num_blocks = max(0, self.lengths[slot] - config.sliding_window + 1) // BLOCK_SIZE
                 blocks = self.block_tables[slot, :num_blocks]
+                assert isinstance(layer, LayerKV), "latents have no windows"
                 for stored in (layer.key, layer.value):
                     stored[blocks] = torch.nan
 
