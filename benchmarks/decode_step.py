@@ -22,6 +22,7 @@ from graphllm.attention.backend import (
     AttentionInputs,
     AttentionMetadata,
     AttentionSpec,
+    GroupInputs,
     LayerCache,
 )
 from graphllm.attention.paged import PagedAttention
@@ -149,8 +150,12 @@ class DecodeStep:
             context_lens=positions + 1,
             query_starts=torch.arange(rows + 1),
             positions=positions,
-            slot_mapping=tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE,
-            block_tables=tables,
+            groups=(
+                GroupInputs(
+                    slot_mapping=tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE,
+                    block_tables=tables,
+                ),
+            ),
         )
         return cache, inputs
 

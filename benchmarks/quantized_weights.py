@@ -29,7 +29,7 @@ import torch
 from benchmarks.kv_quality import BLOCK_SIZE, CPU, token_losses
 from benchmarks.real_weights import MODELS, token_windows
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.attention.paged import PagedAttention
 from graphllm.cache.kv_cache import KVCache
 from graphllm.kernels.linear import LinearProduct, give_threads, linear_ref
@@ -99,8 +99,12 @@ def decode_step(model: Decoder, num_rows: int) -> Callable[[], None]:
         context_lens=positions + 1,
         query_starts=torch.arange(num_rows + 1),
         positions=positions,
-        slot_mapping=block_tables[:, -1].long() * BLOCK_SIZE,
-        block_tables=block_tables,
+        groups=(
+            GroupInputs(
+                slot_mapping=block_tables[:, -1].long() * BLOCK_SIZE,
+                block_tables=block_tables,
+            ),
+        ),
     )
     metadata = model.backend.plan(inputs, AttentionBucket(num_rows, num_rows, num_rows))
     model.backend.begin_step(metadata)

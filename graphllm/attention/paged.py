@@ -38,12 +38,8 @@ class PagedAttention:
         return AttentionMetadata(inputs, bucket)
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
-        """Group the rows by length and find the cache slots that each group reads."""
-        metadata.work = group_rows(
-            metadata.inputs,
-            num_decode_rows=metadata.bucket.num_decode_rows,
-            block_size=self.block_size,
-        )
+        """Group the rows by length."""
+        metadata.work = group_rows(metadata.inputs, num_decode_rows=metadata.bucket.num_decode_rows)
 
     def forward(
         self,
@@ -70,11 +66,14 @@ class PagedAttention:
             )
             return
         groups: list[RowGroup] = metadata.work
+        inputs = metadata.inputs
         if len(groups) == 1:
-            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec))
+            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec, inputs=inputs))
             return
         for group in groups:
-            out[group.tokens] = self._attend(query[group.tokens], group, layer_cache=layer_cache, spec=spec)
+            out[group.tokens] = self._attend(
+                query[group.tokens], group, layer_cache=layer_cache, spec=spec, inputs=inputs
+            )
 
     def _attend_by_reference(
         self,
@@ -94,7 +93,7 @@ class PagedAttention:
                 query,
                 layer_cache.key,
                 layer_cache.value,
-                block_tables=inputs.block_tables,
+                block_tables=inputs.groups[layer_cache.group].block_tables,
                 row_slots=inputs.row_slots,
                 query_lens=inputs.query_lens,
                 context_lens=inputs.context_lens,
@@ -109,18 +108,25 @@ class PagedAttention:
         )
 
     def _attend(
-        self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        *,
+        layer_cache: LayerCache,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
         group = group.within(spec.sliding_window)
-        num_tokens, width = len(group.slots), spec.num_kv_heads * spec.head_dim
+        slots = group.slots(inputs, layer_cache.group, block_size=self.block_size)
+        num_tokens, width = len(slots), spec.num_kv_heads * spec.head_dim
         is_scaled = layer_cache.key_scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.key.dtype
         attended = gathered_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.head_dim),
             layer_cache.key,
             layer_cache.value,
-            slots=group.slots,
+            slots=slots,
             mask=group.mask(spec.sliding_window, query.dtype),
             is_causal=group.is_causal(spec.sliding_window),
             scale=spec.scale,
@@ -157,7 +163,8 @@ class PagedAttention:
             # Only rows in one run can be written where they belong.
             is_run = isinstance(group.tokens, slice)
             to = out[group.tokens] if is_run else out.new_empty(*of_group.shape[:2], spec.rank)
-            self._attend_latent(of_group, group, layer_cache=layer_cache, spec=spec, out=to)
+            slots = group.slots(metadata.inputs, layer_cache.group, block_size=self.block_size)
+            self._attend_latent(of_group, group, slots=slots, layer_cache=layer_cache, spec=spec, out=to)
             if not is_run:
                 out[group.tokens] = to
 
@@ -166,12 +173,13 @@ class PagedAttention:
         query: torch.Tensor,
         group: RowGroup,
         *,
+        slots: torch.Tensor,
         layer_cache: LatentCache,
         spec: LatentAttentionSpec,
         out: torch.Tensor,
     ) -> None:
         """One group's rows. query: [num_rows * query_len, num_heads, width]; out: as many of rank."""
-        num_slots, is_scaled = len(group.slots), layer_cache.scale is not None
+        num_slots, is_scaled = len(slots), layer_cache.scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.latent.dtype
         gather_scratch = None
         if is_scaled:
@@ -180,7 +188,7 @@ class PagedAttention:
         gathered_latent_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.width),
             layer_cache.latent,
-            slots=group.slots,
+            slots=slots,
             mask=group.mask(None, query.dtype) if group.query_len == 1 else None,
             scale=spec.scale,
             scratch=self._take_scratch("keys", num_slots * spec.width, dtype=scratch_dtype),

@@ -110,7 +110,7 @@ class TritonPagedAttention:
     ) -> None:
         """See `AttentionBackend.forward`."""
         assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
-        block_tables = metadata.inputs.block_tables
+        block_tables = metadata.inputs.groups[layer_cache.group].block_tables
         work = self._decode_work(
             metadata,
             sliding_window=spec.sliding_window,
@@ -176,7 +176,7 @@ class TritonPagedAttention:
             num_programs=num_latent_decode_programs(self._num_multiprocessors, spec.num_heads, decode),
         )
         partials = self._take_partials(len(work.entries), num_heads=spec.num_heads, head_dim=spec.rank)
-        block_tables = metadata.inputs.block_tables
+        block_tables = metadata.inputs.groups[layer_cache.group].block_tables
         paged_latent_decode(
             query,
             cache,

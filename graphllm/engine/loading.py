@@ -93,6 +93,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     )
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
+        max_model_len=limits.max_model_len,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=device_capability(torch_device)),
     )
     arena = Arena(torch_device)
@@ -179,6 +180,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             plan,
             host=host,
             rates=rates,
+            windows=kv_shape.groups.windows,
             kv_fingerprint=f"{kv_shape.dtype} {quantization}",
             eos_token_ids=eos_token_ids,
         ),
@@ -212,6 +214,7 @@ def _build_scheduler(
     *,
     host: HostPlan,
     rates: MeasuredRates,
+    windows: tuple[int | None, ...],
     kv_fingerprint: str,
     eos_token_ids: frozenset[int],
 ) -> Scheduler:
@@ -222,7 +225,7 @@ def _build_scheduler(
             enable_prefix_caching=config.enable_prefix_caching,
             max_pinned_blocks=plan_pinned_blocks(config, plan),
         ),
-        BlockManager(plan.num_blocks, plan.block_size),
+        BlockManager(plan.num_blocks, plan.block_size, windows=windows),
         slots=SlotAllocator(plan.num_slots),
         eos_token_ids=eos_token_ids,
         host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),

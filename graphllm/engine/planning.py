@@ -82,8 +82,10 @@ class CapacityPlan:
     @property
     def longest_context(self) -> int:
         """The longest sequence that model and memory allow, in tokens."""
-        return min(
-            self.model_config.max_position_embeddings, self.num_usable_blocks * self.kv_shape.block_size
+        return self.kv_shape.layout.longest_fitting(
+            self.num_usable_blocks,
+            max_step_tokens=self.limits.max_num_batched_tokens,
+            at_most=self.model_config.max_position_embeddings,
         )
 
     def concurrency(self) -> dict[int, int]:
@@ -93,7 +95,14 @@ class CapacityPlan:
         return {length: self.num_sequences(length) for length in sorted(lengths | {longest})}
 
     def num_sequences(self, length: int) -> int:
-        return self.num_usable_blocks // -(-length // self.kv_shape.block_size)
+        """How many sequences of a length fit at once, one step's worth of prompt among them.
+
+        What a step adds to windows it adds to one sequence at a time, or to several together.
+        """
+        layout = self.kv_shape.layout
+        settled = layout.num_needed(length, num_settled=length - 1)
+        most = layout.num_at_most(length, max_step_tokens=self.limits.max_num_batched_tokens)
+        return max(0, self.num_usable_blocks - (most - settled)) // settled
 
     def suggested_flags(self) -> dict[str, int]:
         """Flags whose values should be others on this card."""
@@ -125,11 +134,12 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
     )
     model_config = read_model_config(checkpoint, find_family(checkpoint))
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
+    limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=card_capability(plan_config.gpu)),
+        max_model_len=limits.max_model_len,
     )
-    limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
     quantization = read_quantization(checkpoint, asked=config.quantization)
     quantization.check_device(device_type="cuda", capability=card_capability(plan_config.gpu))
     weights = weight_bytes(model_config, dtype, quantization=quantization)
@@ -186,6 +196,12 @@ def as_json(capacity: CapacityPlan) -> dict[str, Any]:
         "kv_cache_bytes": max(0, capacity.kv_bytes),
         "kv_dtype": _name(capacity.kv_shape.dtype),
         "kv_bytes_per_token": capacity.kv_shape.bytes_per_token,
+        "kv_groups": [
+            {"layers": len(layers), "sliding_window": window}
+            for window, layers in zip(
+                capacity.kv_shape.groups.windows, capacity.kv_shape.groups.layers, strict=True
+            )
+        ],
         "block_size": capacity.kv_shape.block_size,
         "num_usable_blocks": 0 if capacity.plan is None else capacity.plan.num_blocks - 1,
         "max_model_len": limits.max_model_len,
@@ -224,6 +240,9 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
     kv_shape = capacity.kv_shape
     may_use = int(memory.total_bytes * capacity.config.gpu_memory_utilization)
     per_token = f"{kv_shape.bytes_per_token / 1024:,.1f} KiB a token in {_name(kv_shape.dtype)}"
+    if kv_shape.layout.windowed:
+        share = len(kv_shape.layout.full_groups) * kv_shape.bytes_per_block / kv_shape.block_size
+        per_token += f", {share / 1024:,.1f} KiB beyond windows"
     rows = [
         ("may be in use", may_use, f"--gpu-memory-utilization {capacity.config.gpu_memory_utilization:g}"),
         ("CUDA context", memory.other_bytes, "assumed; other processes' part comes on top"),
@@ -241,10 +260,13 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
     lines = [f"{name:<16} {num_bytes / GIB:>9.2f} GiB  {note}".rstrip() for name, num_bytes, note in rows]
     if capacity.plan is not None:
         num_blocks = capacity.plan.num_blocks - 1
-        tokens = num_blocks * kv_shape.block_size
-        lines.append(
-            f"{'':<16} {num_blocks:>9,} blocks of {kv_shape.block_size} tokens, {tokens:,} tokens in all"
-        )
+        blocks = f"{num_blocks:>9,} blocks of {kv_shape.block_size} tokens"
+        groups = kv_shape.groups
+        if kv_shape.layout.windowed:
+            blocks += f" and {groups.size} layers, in {groups.num_groups} groups of layers"
+        else:
+            blocks += f", {num_blocks * kv_shape.block_size:,} tokens in all"
+        lines.append(f"{'':<16} {blocks}")
     return lines
 
 

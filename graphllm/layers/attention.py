@@ -152,7 +152,7 @@ class Attention(nn.Module):
             rotary_tables,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
-            slot_mapping=metadata.inputs.slot_mapping,
+            slot_mapping=metadata.inputs.groups[layer_cache.group].slot_mapping,
             key_cache=layer_cache.key,
             value_cache=layer_cache.value,
             key_scale=layer_cache.key_scale,

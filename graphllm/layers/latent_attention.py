@@ -129,7 +129,7 @@ class LatentAttention(nn.Module):
             rotary_tables,
             norm_weight=self.key_value_norm.weight,
             norm_eps=self.key_value_norm.eps,
-            slot_mapping=metadata.inputs.slot_mapping,
+            slot_mapping=metadata.inputs.groups[layer_cache.group].slot_mapping,
             cache=layer_cache.latent,
             cache_scale=layer_cache.scale,
             is_interleaved=self.is_interleaved,

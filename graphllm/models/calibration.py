@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.attention.paged import PagedAttention
 from graphllm.cache.kv_cache import KVCache
 from graphllm.errors import CheckpointError
@@ -210,8 +210,12 @@ def _run(
         context_lens=torch.tensor([num_tokens]),
         query_starts=torch.tensor([0, num_tokens]),
         positions=positions,
-        slot_mapping=_BLOCK_SIZE + positions,
-        block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32)[None],
+        groups=(
+            GroupInputs(
+                slot_mapping=_BLOCK_SIZE + positions,
+                block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32)[None],
+            ),
+        ),
     )
     metadata = model.backend.plan(inputs, AttentionBucket(num_tokens, 1, 0))
     model.backend.begin_step(metadata)

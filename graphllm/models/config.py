@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from graphllm.cache.kv_cache import KVCacheShape
+from graphllm.cache.kv_groups import KVGroups, group_layers
 from graphllm.kernels.gated_activation import Activation
 from graphllm.layers.attention import QKNormConfig
 from graphllm.layers.latent_attention import LatentConfig
@@ -109,8 +110,17 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def kv_cache_shape(self, *, block_size: int, dtype: torch.dtype) -> KVCacheShape:
-        """What the model keeps of a token; dtype: of the cache."""
+    def kv_groups(self, *, max_model_len: int) -> KVGroups:
+        """Which layers share block tables where no sequence is longer than `max_model_len` tokens."""
+        return group_layers([layer.sliding_window for layer in self.layers], max_model_len=max_model_len)
+
+    def kv_cache_shape(
+        self, *, block_size: int, dtype: torch.dtype, max_model_len: int | None = None
+    ) -> KVCacheShape:
+        """What the model keeps of a token; dtype: of the cache.
+
+        max_model_len: of sequences; None for whoever has but one block table, so all layers keep everything.
+        """
         is_latent = self.latent is not None
         return KVCacheShape(
             num_layers=self.num_layers,
@@ -119,6 +129,7 @@ class ModelConfig:
             block_size=block_size,
             dtype=dtype,
             is_latent=is_latent,
+            kv_groups=None if max_model_len is None else self.kv_groups(max_model_len=max_model_len),
         )
 
     def one_layer_of_each_kind(self) -> ModelConfig:

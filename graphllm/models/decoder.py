@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: torch.Tensor, metadata: AttentionMetadata, *, arena: Arena) -> torch.Tensor:
         output: torch.Tensor
         if self.moe is not None:
-            output = self.moe(x, slot_mapping=metadata.inputs.slot_mapping, arena=arena)
+            output = self.moe(x, slot_mapping=metadata.inputs.groups[0].slot_mapping, arena=arena)
         else:
             assert self.mlp is not None
             output = self.mlp(x, arena=arena)

@@ -211,7 +211,7 @@ class PagedAttentionStep:
             None,  # the module has turned them
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
-            slot_mapping=self.metadata.inputs.slot_mapping,
+            slot_mapping=self.metadata.inputs.groups[layer_cache.group].slot_mapping,
             key_cache=layer_cache.key,
             value_cache=layer_cache.value,
             key_scale=layer_cache.key_scale,

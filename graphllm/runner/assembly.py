@@ -76,6 +76,7 @@ class StepParts:
             hidden_size=self.model.config.hidden_size,
             dtype=self.model.dtype,
             device=self.device,
+            num_groups=len(self.buffers.block_tables),
         )
         return ModelRunner(
             program,
@@ -113,6 +114,7 @@ def assemble_step(
             max_num_seqs=config.max_num_seqs,
             vocab_size=model.config.vocab_size,
             device=device.torch_device,
+            num_groups=model.config.kv_groups(max_model_len=limits.max_model_len).num_groups,
         ),
         buckets=StepBuckets.choose(
             max_num_seqs=config.max_num_seqs,

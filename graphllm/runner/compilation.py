@@ -183,6 +183,7 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
     parts = assemble_step(config, limits, device, model=model, arena=arena)
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
+        max_model_len=limits.max_model_len,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype),
     )
     program = parts.program(KVCache(kv_shape, 2, device=torch_device))

@@ -114,11 +114,12 @@ def _latent_size(config: ModelConfig) -> int:
 
 def estimate_table_bytes(config: ModelConfig, limits: StepLimits, *, max_num_seqs: int) -> int:
     """Slot tables, step inputs, logits and masks of the sampled rows, scores of prompt tokens."""
-    ids_per_slot = limits.max_model_len + 1 + limits.max_blocks_per_sequence
+    num_groups = config.kv_groups(max_model_len=limits.max_model_len).num_groups
+    ids_per_slot = limits.max_model_len + 1 + num_groups * limits.table_width
     bytes_per_slot = 4 * ids_per_slot + 8 * MAX_LOGIT_BIAS + _SAMPLING_BYTES_PER_SLOT
     num_logits = num_logit_lines(limits, max_num_seqs) * config.vocab_size
-    # Id, position and place in the cache; where and what is scored, logprob and rank, the alternatives.
-    bytes_per_token = 3 * 8 + 2 * 8 + 2 * 4 + MAX_LOGPROBS * (8 + 4)
+    # Id, position and places in the cache; where and what is scored, logprob and rank, the alternatives.
+    bytes_per_token = (2 + num_groups) * 8 + 2 * 8 + 2 * 4 + MAX_LOGPROBS * (8 + 4)
     return (
         (limits.num_slots + 1) * bytes_per_slot
         + 4 * num_logits

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs, LatentAttentionSpec
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, GroupInputs, LatentAttentionSpec
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.latent_cache_write import latent_cache_write
 from tests.aot.recording import Card
@@ -29,6 +29,7 @@ class Pool:
 
     latent: torch.Tensor
     scale: torch.Tensor | None
+    group: int = 0
 
 
 def pool_of(card: Card, *, is_scaled: bool) -> Pool:
@@ -70,8 +71,12 @@ def latent_attention(card: Card) -> None:
         context_lens=card.tensor(MAX_ROWS, dtype=torch.int64),
         query_starts=card.tensor(MAX_ROWS + 1, dtype=torch.int64),
         positions=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+        groups=(
+            GroupInputs(
+                slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
+                block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+            ),
+        ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
     for num_heads, is_scaled in ((16, False), (128, False), (16, True), (128, True)):

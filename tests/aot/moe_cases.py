@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec, GroupInputs
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.expert_activation import ClampedSwiGLU, ExpertActivation
 from graphllm.kernels.grouped_gemv import grouped_gated_gemv, grouped_linear_sum_gemv
@@ -174,6 +174,7 @@ class Pool:
     value: torch.Tensor
     key_scale: None = None
     value_scale: None = None
+    group: int = 0
 
 
 def attention_of_models_with_experts(card: Card) -> None:
@@ -188,8 +189,12 @@ def attention_of_models_with_experts(card: Card) -> None:
         context_lens=card.tensor(MAX_ROWS, dtype=torch.int64),
         query_starts=card.tensor(MAX_ROWS + 1, dtype=torch.int64),
         positions=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+        groups=(
+            GroupInputs(
+                slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
+                block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+            ),
+        ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
     for num_heads, num_kv_heads, head_dim, window in ((64, 8, 64, 128), (16, 16, 192, None)):

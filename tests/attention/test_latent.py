@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, LatentAttentionSpec
+from graphllm.attention.backend import (
+    AttentionBackend,
+    AttentionBucket,
+    AttentionInputs,
+    GroupInputs,
+    LatentAttentionSpec,
+)
 from graphllm.attention.paged import PagedAttention
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.cache.kv_cache import LayerLatents
@@ -32,8 +38,12 @@ def attend(backend: AttentionBackend, batch: LatentBatch, *, num_decode_rows: in
         context_lens=batch.context_lens,
         query_starts=batch.query_starts,
         positions=nothing,
-        slot_mapping=nothing,
-        block_tables=batch.block_tables,
+        groups=(
+            GroupInputs(
+                slot_mapping=nothing,
+                block_tables=batch.block_tables,
+            ),
+        ),
     )
     bucket = AttentionBucket(len(batch.query), len(batch.query_lens), num_decode_rows)
     metadata = backend.plan(inputs, bucket)
