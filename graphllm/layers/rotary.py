@@ -101,6 +101,11 @@ class RotaryConfig:
     is_interleaved: bool = False
     query_growth: QueryGrowth | None = None
 
+    @property
+    def num_tables(self) -> int:
+        """Of a step's: cosines and sines, those of queries apart where they grow."""
+        return 2 if self.query_growth is None else 4
+
 
 def rotary_frequencies(rotary: RotaryConfig, *, max_context: int) -> torch.Tensor:
     """Radians a position for each pair of dimensions: [rotary_dim / 2] float32, on the CPU.
@@ -163,7 +168,7 @@ class RotaryEmbedding(nn.Module):
         self.dtype = dtype
         scaling = rotary.scaling
         self.scale = 1.0
-        self.query_growth = rotary.query_growth
+        self.query_growth, self.num_tables = rotary.query_growth, rotary.num_tables
         if isinstance(scaling, (YarnRopeScaling, LongRopeScaling)):
             self.scale = scaling.attention_factor
         self.frequencies: torch.Tensor
@@ -175,8 +180,7 @@ class RotaryEmbedding(nn.Module):
         `rotary_tables` defines it, or 4 of them where queries grow.
         """
         rotary_dim = 2 * len(self.frequencies)
-        num_tables = 2 if self.query_growth is None else 4
-        out = arena.take(name, num_tables, len(positions), rotary_dim, dtype=self.dtype)
+        out = arena.take(name, self.num_tables, len(positions), rotary_dim, dtype=self.dtype)
         return rotary_tables(
             positions, self.frequencies, scale=self.scale, query_growth=self.query_growth, out=out
         )

@@ -115,7 +115,7 @@ class _Reader:
 
     def _query_growth(self, rope: HFConfig) -> QueryGrowth | None:
         """It begins where the context ends that the model was first trained for."""
-        rope.expect("max_position_embeddings", self.max_position_embeddings)  # the same once more
+        rope.get("max_position_embeddings")  # said once more, of no effect
         if not rope.get("llama_4_scaling_beta"):
             return None
         growth = rope.positive_float("llama_4_scaling_beta")
