@@ -209,7 +209,8 @@ class PagedAttentionStep:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         """Keys and values to the cache, and attention over all that it has of each row."""
-        assert self.metadata is not None and self.arena is not None and mask is None
+        assert self.metadata is not None and self.arena is not None
+        _refuse_mask(mask)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         spec, layer_cache, num_tokens = self.specs[layer], self.layer_caches[layer], query.shape[2]
         num_heads = spec.num_heads + 2 * spec.num_kv_heads
@@ -240,6 +241,12 @@ class PagedAttentionStep:
         return attended[None, ..., : value.shape[3]]
 
 
+def _refuse_mask(mask: torch.Tensor | None) -> None:
+    """transformers makes none for us, so it would be the module's own: of keys that it has chosen."""
+    if mask is not None:
+        raise UnservableAttention("its layers choose by themselves what a token sees")
+
+
 class AbsentAttention:
     """Attention that returns its queries, for looking at what a module does around it."""
 
@@ -253,4 +260,5 @@ class AbsentAttention:
         mask: torch.Tensor | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
+        _refuse_mask(mask)
         return _as_wide(query, value.shape[3]).transpose(1, 2).contiguous()

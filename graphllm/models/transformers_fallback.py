@@ -89,10 +89,8 @@ class Fallback:
             if progress is not None:
                 progress(number, len(parts))
         decoder = FallbackDecoder(module, self, backend=backend, dtype=dtype)
-        if decoder.mixes_tokens():
-            name = type(module).__name__
-            reason = "its layers carry more from token to token than attention does"
-            raise _unservable(self.checkpoint, name, reason)
+        if (difference := decoder.find_difference()) is not None:
+            raise _unservable(self.checkpoint, type(module).__name__, difference)
         return decoder
 
 
@@ -373,27 +371,35 @@ class FallbackDecoder:
         finally:
             transformers_attention.attach(self._module, self._step)
 
-    def mixes_tokens(self) -> bool:
-        """Whether a token's hidden state depends on another token's where attention lets nothing through.
+    def find_difference(self) -> str | None:
+        """What the module does that steps of the paged attention would not, None where nothing was found.
 
-        Such a model has states beside keys and values: convolutions, recurrences. The paged attention knows
-        nothing of them, and what it computed would be wrong from the second step on.
+        Looked for where attention lets nothing through: a token's hidden state must not depend on others
+        before it, or the module has states beside keys and values, as convolutions and recurrences have; and
+        positions that count from 0 must be those that the module takes by itself.
         """
         device = next(self._module.parameters()).device
-        tokens = torch.arange(_OUTLINE_TOKENS, device=device)
-        others = tokens.clone()
-        others[:-1] += 1
+        positions = torch.arange(_OUTLINE_TOKENS, device=device)[None]
+        tokens = (positions + 3) % self.config.vocab_size
+        others = torch.cat(((tokens[:, :-1] + 1) % self.config.vocab_size, tokens[:, -1:]), dim=1)
         transformers_attention.attach(self._module, AbsentAttention())
         try:
             with torch.inference_mode():
-                last, other = (
-                    self._base(ids[None] % self.config.vocab_size, positions=tokens[None])[0, -1].float()
-                    for ids in (tokens, others)
+                hidden, behind_others, by_itself = (
+                    self._base(ids, positions=given)[0, -1].float()
+                    for ids, given in ((tokens, positions), (others, positions), (tokens, None))
                 )
+        except UnservableAttention as error:
+            return str(error)
         finally:
             transformers_attention.attach(self._module, self._step)
-        # A product's rows may be rounded otherwise beside other rows; what is carried over shows in more.
-        return bool((last - other).abs().max() > 1e-2 * last.abs().max())
+        # A product's rows may be rounded otherwise beside other rows; what is looked for shows in more.
+        allowed = 1e-2 * hidden.abs().max()
+        if (behind_others - hidden).abs().max() > allowed:
+            return "its layers carry more from token to token than attention does"
+        if (by_itself - hidden).abs().max() > allowed:
+            return "its positions do not count from 0"
+        return None
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, **step: Any) -> None:
         """One step in one go; arguments as of `forward_in_slices`."""
