@@ -33,7 +33,7 @@ from graphllm.kernels.step_inputs import StepInputs, step_inputs
 from graphllm.kernels.token_ranks import token_ranks
 from graphllm.runner.device_sampler import SampleResults, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplingTables
-from tests.aot import moe_cases
+from tests.aot import lora_cases, moe_cases
 from tests.aot.recording import Card
 
 BF16 = torch.bfloat16
@@ -374,4 +374,5 @@ CASES = (
     ranks_of_tokens,
     block_copies,
     *moe_cases.CASES,
+    *lora_cases.CASES,
 )
