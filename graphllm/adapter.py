@@ -6,6 +6,7 @@ place of the device it has the scheduler's, and who may name it the engine's.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,12 @@ from typing import Any
 class Adapter:
     """One load of one adapter. Two loads are two adapters, whatever their names and contents are.
 
-    name: what requests call it. load_id: positive, of no other load in this process. path: where it was
-    read. rank: its largest. image: its memory as the device gets it, on the host; None once it is retired
-    and no request is left.
+    created: when, in seconds since 1970. name: what requests call it. load_id: positive, of no other load in
+    this process. path: where it was read. rank: its largest. image: its memory as the device gets it, on the
+    host; None once it is retired and no request is left.
     """
 
-    __slots__ = ("_is_retired", "image", "load_id", "name", "num_requests", "path", "rank")
+    __slots__ = ("_is_retired", "created", "image", "load_id", "name", "num_requests", "path", "rank")
 
     def __init__(self, name: str, *, load_id: int, path: str, rank: int, image: Any) -> None:
         assert load_id > 0, "0 is the base model's"
@@ -26,6 +27,7 @@ class Adapter:
         self.load_id = load_id
         self.path = path
         self.rank = rank
+        self.created = int(time.time())
         self.image = image
         self.num_requests = 0
         self._is_retired = False

@@ -156,9 +156,7 @@ def _expand_tiles_kernel(
             for first in range(0, MAX_RANK, BLOCK_R):
                 ranks = first + tl.arange(0, BLOCK_R)
                 in_matrix = ranks < MAX_RANK
-                vector = tl.load(
-                    vectors + ranks[None, :], mask=is_own[:, None] & in_matrix[None, :], other=0
-                )
+                vector = tl.load(vectors + ranks[None, :], mask=is_own[:, None] & in_matrix[None, :], other=0)
                 rows = tl.load(
                     matrix + ranks[:, None], mask=in_matrix[:, None] & is_feature[None, :], other=0
                 )

@@ -160,9 +160,9 @@ def lora_shrink(x: Tensor, down: Tensor, scales: Tensor, token_adapters: Tensor,
     """Write every token's small vectors into `out`, and return it.
 
     x: [num_tokens, in_features]; down: [num_adapters, num_parts, max_rank, in_features] of x's dtype, each
-    adapter's contiguous; scales: [num_adapters, num_parts] float32, each adapter's contiguous; token_adapters:
-    [num_tokens] int32; out: [num_tokens, num_parts, max_rank] float32. x and out are contiguous; max_rank
-    is a multiple of 8.
+    adapter's contiguous; scales: [num_adapters, num_parts] float32, each adapter's contiguous;
+    token_adapters: [num_tokens] int32; out: [num_tokens, num_parts, max_rank] float32. x and out are
+    contiguous; max_rank is a multiple of 8.
     """
     if not runs_triton(x):
         return lora_shrink_ref(x, down, scales, token_adapters, out=out)
@@ -182,9 +182,7 @@ def lora_shrink(x: Tensor, down: Tensor, scales: Tensor, token_adapters: Tensor,
     tensors = (x, down, scales, token_adapters, out)
     if num_tokens <= MAX_SINGLE_TOKENS:
         grid = (num_tokens, num_parts, max_rank // _SINGLE_ROWS)
-        _shrink_singles_kernel[grid](
-            *tensors, **sizes, BLOCK_R=_SINGLE_ROWS, BLOCK_K=_SINGLE_K, **options
-        )
+        _shrink_singles_kernel[grid](*tensors, **sizes, BLOCK_R=_SINGLE_ROWS, BLOCK_K=_SINGLE_K, **options)
         return out
     block_t = tokens_per_tile(num_tokens)
     block_r = max(16, min(_MAX_TILE_RANKS, triton.next_power_of_2(max_rank)))

@@ -132,7 +132,7 @@ class LinearAdapters:
         lora_expand(shrunk, views.up, views.scales, of_tokens, self._tiles, out=out)
 
 
-class AdapterPlaces:
+class AdapterMemory:
     """The device's places for adapters, and the hooks of all layers that can have one.
 
     memory: [max_loras, layout.num_bytes] uint8, a row an adapter. It is born zero: no layer is changed.
@@ -144,15 +144,13 @@ class AdapterPlaces:
         *,
         max_loras: int,
         max_rank: int,
-        max_num_tokens: int,
         dtype: torch.dtype,
-        arena: Arena,
-        device: torch.device,
+        tokens: TokenAdapters,
     ) -> None:
         self.layout = AdapterLayout(linears, max_rank=max_rank, dtype=dtype)
+        device = tokens.of_tokens.device
         self.memory = torch.zeros(max_loras, self.layout.num_bytes, dtype=torch.uint8, device=device)
-        of_tokens = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
-        self.tokens = TokenAdapters(of_tokens, arena)
+        self.tokens = tokens
         for path, linear in linears.items():
             views = self.layout.views(self.memory, path)
             linear.adapters = LinearAdapters(views, self.tokens, parts=linear.parts)

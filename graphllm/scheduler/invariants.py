@@ -38,6 +38,7 @@ def check(scheduler: Scheduler, *, full: bool) -> None:
         )
     owned = {sequence.slot for sequence in scheduler.running}
     assert len(owned) == len(scheduler.running) == scheduler.slots.num_held, "slots and their owners differ"
+    scheduler.slots.adapters.check(sum(each.group.adapter is not None for each in scheduler.running))
 
 
 def _device_holders(scheduler: Scheduler) -> list[SequenceOf[int]]:
@@ -78,7 +79,11 @@ def _check_hashes(scheduler: Scheduler) -> None:
         num_blocks = min(len(sequence.token_ids) // size, len(sequence.block_table))
         hashes: list[bytes] = []
         scheduler.hasher.extend(
-            hashes, sequence.token_ids, num_blocks=num_blocks, cache_salt=sequence.group.cache_salt
+            hashes,
+            sequence.token_ids,
+            num_blocks=num_blocks,
+            cache_salt=sequence.group.cache_salt,
+            adapter_load=sequence.group.adapter_load,
         )
         for block, expected in zip(sequence.block_table, hashes, strict=False):
             assert manager.hash_of(block) in (None, expected), "a block's hash differs from its content"

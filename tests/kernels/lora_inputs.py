@@ -37,7 +37,7 @@ def lora_case(
     dtype: torch.dtype = torch.float32,
     unchanged: tuple[tuple[int, int], ...] = (),
 ) -> LoraCase:
-    """unchanged: (adapter, part) whose scale is 0 and whose matrices are NaN, like those of unused adapters."""
+    """unchanged: (adapter, part) whose scale is 0 and whose matrices are NaN, like all unused adapters'."""
     generator = torch.Generator().manual_seed(len(token_adapters) + max_rank)
 
     def random(*size: int) -> torch.Tensor:
@@ -45,7 +45,9 @@ def lora_case(
 
     num_tokens, out_features = len(token_adapters), sum(part_sizes)
     # Each adapter's memory has something behind it, as in the engine.
-    down = torch.cat([random(num_adapters, len(part_sizes), max_rank, in_features)] * 2, 1)[:, : len(part_sizes)]
+    down = torch.cat([random(num_adapters, len(part_sizes), max_rank, in_features)] * 2, 1)[
+        :, : len(part_sizes)
+    ]
     up = torch.cat([random(num_adapters, out_features, max_rank)] * 2, 1)[:, :out_features]
     scales = 0.5 + torch.rand(num_adapters, len(part_sizes), generator=generator)
     starts = [sum(part_sizes[:part]) for part in range(len(part_sizes))]
@@ -56,7 +58,13 @@ def lora_case(
         scales[adapter, part] = 0.0 if adapter in token_adapters else torch.nan
     adapters = torch.tensor(token_adapters, dtype=torch.int32)
     return LoraCase(
-        random(num_tokens, in_features), random(num_tokens, out_features), down, up, scales, adapters, part_sizes
+        random(num_tokens, in_features),
+        random(num_tokens, out_features),
+        down,
+        up,
+        scales,
+        adapters,
+        part_sizes,
     )
 
 

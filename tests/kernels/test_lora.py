@@ -19,7 +19,12 @@ def test_each_token_gets_its_own_adapter_and_parts_that_it_changes() -> None:
 def test_a_tile_of_features_lies_in_one_part() -> None:
     tiles = feature_tiles((TILE_FEATURES + 1, 3, TILE_FEATURES), device=torch.device("cpu")).tolist()
     end = TILE_FEATURES + 1
-    assert tiles == [[0, 0, end], [0, TILE_FEATURES, end], [1, end, end + 3], [2, end + 3, 2 * TILE_FEATURES + 4]]
+    assert tiles == [
+        [0, 0, end],
+        [0, TILE_FEATURES, end],
+        [1, end, end + 3],
+        [2, end + 3, 2 * TILE_FEATURES + 4],
+    ]
 
 
 def written_tokens(

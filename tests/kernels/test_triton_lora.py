@@ -60,9 +60,7 @@ def test_output_of_another_format_is_added_to() -> None:
 
 
 @pytest.mark.parametrize("max_row_programs", [1, 2048])
-def test_tokens_of_a_step_know_their_adapters(
-    max_row_programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_of_a_step_know_their_adapters(max_row_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens_module, "_TOKEN_TILE", 4)
     monkeypatch.setattr(tokens_module, "_DECODE_TILE", 4)
     monkeypatch.setattr(tokens_module, "_MAX_ROW_PROGRAMS", max_row_programs)
