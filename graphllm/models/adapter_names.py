@@ -77,7 +77,8 @@ class AdapterNames:
         pattern = _NUMBER.sub("{}", name)
         if name in self._rearranged:
             return "which this model keeps in another order than its checkpoint: no adapter of it is served"
-        if any(_is_like(pattern, stored) for stored in self._stored_names("moe.gate_up", "moe.down")):
+        is_expert = any(_is_like(pattern, stored) for stored in self._stored_names("moe.gate_up", "moe.down"))
+        if is_expert or "experts" in name.split("."):
             return "which is of experts: adapters of experts are not served"
         if any(_is_like(pattern, stored) for stored in self._stored_names("embedding", "head")):
             return "an embedding or a head: adapters of these are not served"
