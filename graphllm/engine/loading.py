@@ -87,6 +87,10 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         model_config = read_model_config(checkpoint, family)
     else:
         model_config = fallback.config
+        if config.enable_lora:
+            raise ConfigError(
+                "--enable-lora needs a model that graphllm computes itself; transformers computes this one."
+            )
     # A module of transformers allocates in its steps, which a capture must not.
     captures = not config.enforce_eager and fallback is None
     torch_device = device.torch_device

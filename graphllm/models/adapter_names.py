@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from graphllm.models.adaptable import linears_of
+from graphllm.models.adaptable import adaptable_layers
 from graphllm.models.decoder import Decoder
 from graphllm.models.family import Family
 
@@ -40,7 +40,7 @@ class AdapterNames:
         self._family = family
         self.targets: dict[str, AdapterTarget] = {}
         self._rearranged: set[str] = set()
-        for path, linear in linears_of(model).items():
+        for path, linear in adaptable_layers(model).items():
             pattern = _NUMBER.sub("{}", path)
             sizes = list(linear.parts.values())
             parts = {"": range(len(sizes))} | {part: range(i, i + 1) for i, part in enumerate(linear.parts)}

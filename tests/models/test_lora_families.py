@@ -1,4 +1,4 @@
-"""Adapters on models of several families: what peft computes beside each layer, and what layers are called."""
+"""Adapters on several families: what peft computes beside each layer, and what layers are called."""
 
 from __future__ import annotations
 
