@@ -126,6 +126,7 @@ REASONING_PARSERS = (
     "think",
 )
 _SMALLEST_CARD_BYTES = 1024**3
+_LORA_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -305,18 +306,20 @@ class EngineConfig:
         0.25, "Largest share of the KV cache that pinned prefixes may take, from 0 to below 1."
     )
     enable_lora: bool = option(
-        False, "Serve LoRA adapters beside the base model: requests choose one by its name as their model."
+        False,
+        "Serve LoRA adapters beside the base model, loaded at run time or by --lora-modules: requests choose "
+        "one by its name as their model.",
     )
     lora_modules: tuple[str, ...] | None = option(
         None,
         "Adapters that are served from the start: folders as peft writes them, each with the name that "
-        "requests call it.",
+        "requests call it. Switches --enable-lora on.",
         parse=parse_lora_module,
         metavar="NAME=PATH",
     )
     max_loras: int = option(4, "Most adapters that the sequences of a step may have.")
     max_lora_rank: int = option(
-        16, "Largest rank of an adapter; memory is set aside for it.", choices=(8, 16, 32, 64, 128, 256)
+        16, "Largest rank of an adapter; memory is set aside for it.", choices=_LORA_RANKS
     )
     max_cpu_loras: int | None = option(
         None,
@@ -372,15 +375,21 @@ class EngineConfig:
         self._check_capture_sizes()
 
     @property
+    def serves_lora(self) -> bool:
+        """Whether there is memory for adapters."""
+        return self.enable_lora or bool(self.lora_modules)
+
+    @property
     def max_loaded_loras(self) -> int:
         """How many adapters may be loaded at once."""
         return self.max_cpu_loras or max(2 * self.max_loras, len(self.lora_modules or ()))
 
     def _check_lora(self) -> None:
         _check_positive("max_loras", self.max_loras)
+        if self.max_lora_rank not in _LORA_RANKS:
+            ranks = ", ".join(map(str, _LORA_RANKS))
+            raise ConfigError(f"--max-lora-rank must be one of {ranks}, not {self.max_lora_rank}.")
         modules = [split_lora_module(text) for text in self.lora_modules or ()]
-        if modules and not self.enable_lora:
-            raise ConfigError("--lora-modules names adapters: it needs --enable-lora.")
         if len(modules) > len({name for name, _ in modules}):
             raise ConfigError("--lora-modules gives a name twice.")
         most = self.max_cpu_loras

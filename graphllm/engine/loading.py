@@ -87,7 +87,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         model_config = read_model_config(checkpoint, family)
     else:
         model_config = fallback.config
-        if config.enable_lora:
+        if config.serves_lora:
             raise ConfigError(
                 "--enable-lora needs a model that graphllm computes itself; transformers computes this one."
             )
@@ -230,7 +230,7 @@ def _build_scheduler(
         ),
         BlockManager(plan.num_blocks, plan.block_size),
         slots=SlotAllocator(
-            plan.num_slots, adapters=AdapterPlaces(config.max_loras if config.enable_lora else 0)
+            plan.num_slots, adapters=AdapterPlaces(config.max_loras if config.serves_lora else 0)
         ),
         eos_token_ids=eos_token_ids,
         host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),

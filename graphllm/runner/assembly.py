@@ -118,7 +118,7 @@ def assemble_step(
         device=device.torch_device,
     )
     adapters = None
-    if config.enable_lora:
+    if config.serves_lora:
         adapters = AdapterMemory(
             adaptable_layers(model),
             max_loras=config.max_loras,

@@ -58,7 +58,7 @@ _FIELDS_THAT_KERNELS_SEE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "cudagraph_capture_sizes",
-    "enable_lora",
+    "serves_lora",
     "max_loras",
     "max_lora_rank",
 )

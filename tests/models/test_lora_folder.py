@@ -1,4 +1,4 @@
-"""Adapters that are damaged, or ask for what is not served: each is refused by name, before memory is filled."""
+"""Adapters that are damaged, or ask for what is not served: each is refused by name."""
 
 from __future__ import annotations
 
