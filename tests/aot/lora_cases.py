@@ -19,7 +19,7 @@ MAX_LORAS = 4
 IN_FEATURES = 4096
 PART_SIZES = (4096, 1024, 1024)
 # One token, a decode bucket and a mixed one.
-STEPS = ((1, 16), (64, 16), (2048, 16), (2048, 64))  # tokens, and the largest rank
+STEPS = ((1, 16), (64, 16), (2048, 64))  # tokens, and the largest rank
 
 
 def adapters(card: Card) -> None:
