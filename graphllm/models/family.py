@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from graphllm.layers.loadable import WeightSlot
 from graphllm.models.config import ModelConfig
 from graphllm.models.hf_config import HFConfig
-
-if TYPE_CHECKING:
-    from graphllm.models.checkpoint import Checkpoint
 
 WeightLayout = Callable[[WeightSlot, ModelConfig], WeightSlot]
 """A decoder's place for a tensor to the checkpoint's: another shape, or the same numbers in another order."""
@@ -32,7 +28,6 @@ class Family:
     checkpoints and not in others. ignored_weights: tensors that some checkpoints carry and nobody
     needs, in full; with a dot at the end, all whose names begin so. spare_layers: begins the names of layers;
     those behind the model's last are not used.
-    unpack: makes plain numbers of tensors that some checkpoints store packed.
     """
 
     architectures: tuple[str, ...]
@@ -42,5 +37,4 @@ class Family:
     layouts: Mapping[str, WeightLayout] = field(default_factory=dict)
     optional_prefix: str = ""
     spare_layers: str = ""
-    unpack: Callable[[Checkpoint], Checkpoint] | None = None
     ignored_weights: tuple[str, ...] = ()
