@@ -53,6 +53,20 @@ def test_concurrency_is_blocks_over_the_blocks_of_a_sequence() -> None:
     assert capacity(max_model_len=5001).num_sequences(5001) == plan.num_usable_blocks // 313
 
 
+def test_places_for_adapters_come_off_the_kv_cache() -> None:
+    plain, adapted = (
+        as_json(capacity(enable_lora=on, max_loras=3, max_lora_rank=32)) for on in (False, True)
+    )
+    # Of a layer: what each part reads and what it writes.
+    reads, writes = 3 * 4096 + 4096 + 2 * 4096 + 14336, 6144 + 4096 + 2 * 14336 + 4096
+    assert plain["adapter_bytes"] == 0
+    assert adapted["adapter_bytes"] == pytest.approx(3 * 32 * 32 * 2 * (reads + writes), rel=1e-3)
+    assert plain["kv_cache_bytes"] - adapted["kv_cache_bytes"] == adapted["adapter_bytes"]
+    assert "--max-loras 3 of --max-lora-rank 32" in as_text(
+        capacity(enable_lora=True, max_loras=3, max_lora_rank=32)
+    )
+
+
 def test_windowed_layers_take_no_more_than_their_window_of_a_long_context() -> None:
     plan = capacity("gpt-oss-20b")
     assert as_json(plan)["kv_groups"] == [
