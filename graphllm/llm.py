@@ -29,6 +29,7 @@ tqdm.monitor_interval = 0  # its monitor is a thread
 
 T = TypeVar("T")
 Conversation = Sequence[Mapping[str, Any]]
+Lora = str | Sequence[str | None] | None
 
 # What vLLM and /v1/completions generate for a prompt whose parameters are not given.
 DEFAULT_MAX_TOKENS = 16
@@ -64,12 +65,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue each prompt; results are in the prompts' order.
 
         A prompt is a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`. `sampling_params` is
-        one for all or one for each; by default 16 tokens at temperature 1. A progress bar shows for
+        one for all or one for each; by default 16 tokens at temperature 1. `lora` names an adapter, one
+        for all or one for each, None for the base model; see `load_lora_adapter`. A progress bar shows for
         more than one prompt. Ctrl-C aborts what is running and leaves the LLM usable.
 
         Raises InvalidRequestError for a prompt or parameters that cannot work; nothing is returned
@@ -79,13 +82,14 @@ class LLM:
         params = _params_for_each(
             sampling_params, len(entries), default=SamplingParams(max_tokens=DEFAULT_MAX_TOKENS)
         )
-        return self._generate(entries, params, use_tqdm=use_tqdm, add_special_tokens=True)
+        return self._generate(entries, params, lora, use_tqdm=use_tqdm, add_special_tokens=True)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -93,7 +97,7 @@ class LLM:
         """The assistant's next message of one conversation, or of each of several.
 
         A conversation is a list of `{"role": ..., "content": ...}`. Without `sampling_params` an
-        answer runs to its end or the context's, at temperature 1.
+        answer runs to its end or the context's, at temperature 1. `lora` as in `generate`.
 
         Raises InvalidRequestError, also when the model has no chat template.
         """
@@ -111,15 +115,20 @@ class LLM:
         ]
         params = _params_for_each(sampling_params, len(entries), default=SamplingParams())
         # The template has written the special tokens itself.
-        return self._generate(entries, params, use_tqdm=use_tqdm, add_special_tokens=False)
+        return self._generate(entries, params, lora, use_tqdm=use_tqdm, add_special_tokens=False)
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, normalize: bool = True, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        lora: Lora = None,
+        normalize: bool = True,
+        use_tqdm: bool = True,
     ) -> list[EmbeddingRequestOutput]:
         """A vector for each prompt, in `outputs.embedding`: the hidden state of its last token behind the
         model's last norm, [hidden_size] numbers, divided by its length with `normalize`.
 
-        Prompts are as in `generate`, and may fill the whole context.
+        Prompts and `lora` are as in `generate`, and prompts may fill the whole context.
 
         Raises InvalidRequestError for a prompt that cannot work; nothing is returned then.
         """
@@ -129,10 +138,23 @@ class LLM:
                 self._engine,
                 self._next_name(),
                 prompts=entries,
+                loras=_lora_for_each(lora, len(entries)),
                 normalizes=normalize,
                 bar=bar,
             )
             return self._finish(job)
+
+    def load_lora_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> None:
+        """Load an adapter's folder, which calls may then name; needs `enable_lora`.
+
+        load_inplace: it takes the place of the adapter of that name. Raises InvalidRequestError for a name
+        that cannot be, CheckpointError for a folder that cannot be served.
+        """
+        self._run(self._engine.adapters.load(name, path, replaces=load_inplace))
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Take an adapter's name and memory away. Raises ModelNotFoundError."""
+        self._engine.adapters.unload(name)
 
     def close(self) -> None:
         """Release the model and its memory. Closing again does nothing."""
@@ -154,7 +176,13 @@ class LLM:
         self.close()
 
     def _generate(
-        self, prompts: list[Prompt], params: list[SamplingParams], *, use_tqdm: bool, add_special_tokens: bool
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        lora: Lora,
+        *,
+        use_tqdm: bool,
+        add_special_tokens: bool,
     ) -> list[RequestOutput]:
         with self._progress(len(prompts), use_tqdm=use_tqdm) as bar:
             job = GenerateJob(
@@ -162,6 +190,7 @@ class LLM:
                 self._next_name(),
                 prompts=prompts,
                 params=params,
+                loras=_lora_for_each(lora, len(prompts)),
                 add_special_tokens=add_special_tokens,
                 bar=bar,
             )
@@ -243,3 +272,14 @@ def _params_for_each(
             param="sampling_params",
         )
     return list(sampling_params)
+
+
+def _lora_for_each(lora: Lora, count: int) -> list[str | None]:
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    if len(lora) != count:
+        raise InvalidRequestError(
+            f"There are {count} prompts and {len(lora)} adapters; give one for all, or one for each.",
+            param="lora",
+        )
+    return list(lora)

@@ -43,9 +43,11 @@ class OfflineJob(ABC, Generic[Output]):
         *,
         prompts: list[Prompt],
         params: list[SamplingParams],
+        loras: list[str | None],
         add_special_tokens: bool,
         bar: Any,
     ) -> None:
+        self._loras = loras
         self._engine = engine
         self._name = name
         self._prompts = prompts
@@ -126,7 +128,8 @@ class OfflineJob(ABC, Generic[Output]):
             token_ids = self._engine.tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
         request_id, params = self._request_id(position), self._params[position]
         sink = self._new_sink(position, text, prompt_token_ids=token_ids)
-        self._engine.add(request_id, token_ids, params=params, sink=sink, pooling=self.pooling)
+        lora = self._loras[position]
+        self._engine.add(request_id, token_ids, params=params, sink=sink, pooling=self.pooling, lora=lora)
 
     @abstractmethod
     def _new_sink(self, position: int, prompt: str | None, *, prompt_token_ids: list[int]) -> Sink:
@@ -167,10 +170,19 @@ class EmbedJob(OfflineJob[EmbeddingRequestOutput]):
     pooling = True
 
     def __init__(
-        self, engine: Engine, name: str, *, prompts: list[Prompt], normalizes: bool, bar: Any
+        self,
+        engine: Engine,
+        name: str,
+        *,
+        prompts: list[Prompt],
+        loras: list[str | None],
+        normalizes: bool,
+        bar: Any,
     ) -> None:
         params = [SamplingParams(max_tokens=0)] * len(prompts)
-        super().__init__(engine, name, prompts=prompts, params=params, add_special_tokens=True, bar=bar)
+        super().__init__(
+            engine, name, prompts=prompts, params=params, loras=loras, add_special_tokens=True, bar=bar
+        )
         self._normalizes = normalizes
 
     def _new_sink(self, position: int, prompt: str | None, *, prompt_token_ids: list[int]) -> Sink:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from graphllm.adapter import Adapter
 from graphllm.constraint import TokenConstraint
 from graphllm.outputs import FinishReason, PromptLogprobs
 from graphllm.sampling_params import SamplingParams
@@ -149,11 +150,13 @@ class SequenceGroup:
     output together, from `max_tokens` and the context. `cache_salt` keeps its blocks from requests with
     another salt; `skips_prefix_lookup` is for those that need something computed at every position.
     A lower `priority` runs earlier; `order` numbers arrivals, given by the scheduler. With `pooling` the
-    hidden state of the prompt's last token is the answer. `prompt_logprobs`: where the prompt's logprobs
+    hidden state of the prompt's last token is the answer. `adapter` changes the model for this request, which
+    holds it until `forget`. `prompt_logprobs`: where the prompt's logprobs
     are gathered that `params` ask for, which no cached block can give.
     """
 
     __slots__ = (
+        "adapter",
         "arrival_time",
         "cache_salt",
         "max_total_tokens",
@@ -183,6 +186,7 @@ class SequenceGroup:
         skips_prefix_lookup: bool = False,
         priority: int = 0,
         pooling: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -197,6 +201,9 @@ class SequenceGroup:
         self.skips_prefix_lookup = skips_prefix_lookup or params.prompt_logprobs is not None
         self.priority = priority
         self.pooling = pooling
+        self.adapter = adapter
+        if adapter is not None:
+            adapter.retain()
         self.order = 0
         self.siblings_joined = params.n == 1
         self.sequences = [Sequence(self, index) for index in range(params.n)]
@@ -205,6 +212,11 @@ class SequenceGroup:
     def place(self) -> tuple[int, int]:
         """Smaller runs earlier, and gives way later."""
         return self.priority, self.order
+
+    @property
+    def adapter_load(self) -> int:
+        """Which load of an adapter changes the model, 0 for none."""
+        return 0 if self.adapter is None else self.adapter.load_id
 
     @property
     def generates(self) -> bool:
@@ -223,6 +235,9 @@ class SequenceGroup:
         """
         self.prompt_token_ids = []
         self.prompt_logprobs = None
+        if self.adapter is not None:
+            self.adapter.release()
+            self.adapter = None
         for sequence in self.sequences:
             sequence.token_ids = []
             sequence.block_hashes = []

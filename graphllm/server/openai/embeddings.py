@@ -151,6 +151,7 @@ class _EmbeddingReply:
                     cache_salt=self._fields.cache_salt,
                     priority=self._fields.priority or 0,
                     pooling=True,
+                    lora=self._served.lora_of(self._fields.model),
                 )
             except GraphLLMError as error:
                 self._abandon()
@@ -191,7 +192,7 @@ class _EmbeddingReply:
                 {"object": "embedding", "index": index, "embedding": vector}
                 for index, vector in enumerate(self._vectors)
             ],
-            "model": self._served.name,
+            "model": self._fields.model,
             "usage": {"prompt_tokens": self._num_prompt_tokens, "total_tokens": self._num_prompt_tokens},
         }
         if self._warnings:
