@@ -82,6 +82,28 @@ SMOLLM3 = GGUFArchitecture(
     tensors=_LLAMA_TENSORS,
     settings=(_LLAMA_BIASES,),
 )
+SEED_OSS = GGUFArchitecture(
+    hf_architecture="SeedOssForCausalLM",
+    model_type="seed_oss",
+    tensors=(
+        *ENDS,
+        *rules(
+            {
+                "blk.{}.attn_norm": f"{LAYER}.input_layernorm",
+                "blk.{}.post_attention_norm": f"{LAYER}.post_attention_layernorm",
+            }
+        ),
+        *ATTENTION,
+        *MLP,
+    ),
+    settings=(
+        biases(
+            attention_bias=("attn_q", "attn_k", "attn_v"),
+            attention_out_bias=("attn_output",),
+            mlp_bias=_FEED_FORWARD_STEMS,
+        ),
+    ),
+)
 GRANITE = GGUFArchitecture(
     hf_architecture="GraniteForCausalLM",
     model_type="granite",

@@ -238,6 +238,7 @@ CASES = [
         keys={"no_rope_layer_interval": 4, "num_hidden_layers": 4},
         **LLAMA_STYLE,
     ),
+    *cases("seed_oss", dense.SEED_OSS),
     *cases("granite", dense.GRANITE, changes=(permuted,), extra=granite_multipliers),
     *cases("granitemoe", sparse.GRANITE_MOE, changes=(split_experts,), extra=granite_multipliers),
     *cases("qwen2", dense.QWEN2, "biases of queries, keys and values", "tied"),
