@@ -175,7 +175,7 @@ def stream_weights(
 
 
 @triton.jit
-def _add_parts(partials, offsets, mask, PART_SIZE: tl.constexpr, SPLITS: tl.constexpr):
+def add_parts(partials, offsets, mask, PART_SIZE: tl.constexpr, SPLITS: tl.constexpr):
     """The sum of all programs' parts, always in the same order. L1 may hold what stood there before."""
     sums = tl.load(partials + offsets, mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
@@ -184,7 +184,7 @@ def _add_parts(partials, offsets, mask, PART_SIZE: tl.constexpr, SPLITS: tl.cons
 
 
 @triton.jit
-def _store(out, bias, sums, offsets, columns, mask, HAS_BIAS: tl.constexpr):
+def store_rows(out, bias, sums, offsets, columns, mask, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         sums += widen(tl.load(bias + columns))[None, :]
     tl.store(out + offsets, sums.to(out.dtype.element_ty), mask)
@@ -238,7 +238,7 @@ def _skinny_linear_kernel(
     offsets = rows * OUT_FEATURES + columns[None, :]
     mask = (rows < num_rows) & (features[None, :] < OUT_FEATURES)
     if SPLITS == 1:
-        _store(out, bias, sums, offsets, columns, mask, HAS_BIAS)
+        store_rows(out, bias, sums, offsets, columns, mask, HAS_BIAS)
     else:
         PART_SIZE: tl.constexpr = ROWS * OUT_FEATURES
         tl.store(partials + split * PART_SIZE + offsets, sums, mask)
@@ -247,8 +247,8 @@ def _skinny_linear_kernel(
         num_before = tl.atomic_add(counters + group, 1, sem="acq_rel", scope="gpu")
         if num_before == SPLITS - 1:
             tl.store(counters + group, 0)  # for the next launch
-            sums = _add_parts(partials, offsets, mask, PART_SIZE, SPLITS)
-            _store(out, bias, sums, offsets, columns, mask, HAS_BIAS)
+            sums = add_parts(partials, offsets, mask, PART_SIZE, SPLITS)
+            store_rows(out, bias, sums, offsets, columns, mask, HAS_BIAS)
 
 
 def skinny_linear(

@@ -15,19 +15,27 @@ from torch import Tensor, nn
 from graphllm.kernels.expert_activation import ExpertActivation
 from graphllm.kernels.gated_activation import Activation
 from graphllm.kernels.linear import LinearProduct
-from graphllm.kernels.moe_sum import SharedPart
+from graphllm.kernels.moe_sum import SharedPart, moe_sum
 from graphllm.kernels.moe_tiles import RoutedTokens
 from graphllm.kernels.packed_cpu import cpu_packed_product
-from graphllm.kernels.packed_grouped import packed_grouped_gated_ref, packed_grouped_sum_ref
+from graphllm.kernels.packed_grouped import (
+    packed_grouped_gated,
+    packed_grouped_gated_ref,
+    packed_grouped_linear,
+)
+from graphllm.kernels.packed_grouped_sum import packed_grouped_sum, packed_grouped_sum_ref
+from graphllm.kernels.packed_linear import MAX_TILED_ROWS, packed_gated_linear
+from graphllm.kernels.packed_product import CardPackedProduct
 from graphllm.kernels.packed_weight import PackedFormat, PackedWeight, dequantize, pack_codes
+from graphllm.kernels.triton_support import runs_triton
 
 
 class PackedScheme(ABC):
-    """An ExpertScheme of packed weights; `plain` multiplies what has to be dequantized first."""
+    """An ExpertScheme of packed weights; `plain` multiplies what has to be made plain first."""
 
     def __init__(self, plain: LinearProduct) -> None:
-        self.plain = plain
-        self.product = cpu_packed_product(plain)
+        self.on_cpu = cpu_packed_product(plain)
+        self.on_card = CardPackedProduct(plain)
 
     @abstractmethod
     def format_of(self, in_features: int, out_features: int) -> PackedFormat:
@@ -62,6 +70,7 @@ class PackedScheme(ABC):
             layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
         for name in {"zeros", "order", "codebook"} - form.shapes(out_features, in_features).keys():
             layer.register_parameter(name, None)
+        self.on_card.reserve(out_features, in_features, form=form, device=device)
         values = torch.empty(out_features, device=device, dtype=dtype)
         layer.register_parameter("bias", nn.Parameter(values, requires_grad=False) if bias else None)
 
@@ -118,10 +127,15 @@ class PackedScheme(ABC):
         """Nothing is left to do after the last tensor."""
 
     def apply(self, layer: nn.Module, x: Tensor, *, out: Tensor) -> None:
-        self.product(x, self.packed(layer), cast("Tensor | None", layer.bias), out)
+        product = self.on_card if runs_triton(x) else self.on_cpu
+        product(x, self.packed(layer), cast("Tensor | None", layer.bias), out)
 
     def apply_gated(self, layer: nn.Module, x: Tensor, activation: Activation, *, out: Tensor) -> bool:
-        return False
+        if not runs_triton(x) or len(x) > MAX_TILED_ROWS:
+            return False
+        bias = cast("Tensor | None", layer.bias)
+        packed_gated_linear(x, self.packed(layer), bias, activation, out=out)
+        return True
 
     def apply_experts_gated(
         self,
@@ -132,17 +146,16 @@ class PackedScheme(ABC):
         *,
         out: Tensor,
     ) -> None:
-        num_experts, bias = _experts(layer)
-        packed_grouped_gated_ref(
-            x,
-            self.packed(layer),
-            bias,
-            routed.experts,
-            activation,
-            num_experts=num_experts,
-            out=out,
-            product=self.product,
-        )
+        weight, (num_experts, bias) = self.packed(layer), _experts(layer)
+        experts, tiles = routed.experts, routed.tiles
+        if runs_triton(x):
+            packed_grouped_gated(
+                x, weight, bias, experts, activation, num_experts=num_experts, tiles=tiles, out=out
+            )
+        else:
+            packed_grouped_gated_ref(
+                x, weight, bias, experts, activation, num_experts=num_experts, out=out, product=self.on_cpu
+            )
 
     def apply_experts(
         self,
@@ -154,18 +167,28 @@ class PackedScheme(ABC):
         results: Tensor | None,
         out: Tensor,
     ) -> None:
-        num_experts, bias = _experts(layer)
-        packed_grouped_sum_ref(
-            x,
-            self.packed(layer),
-            bias,
-            routed.experts,
-            routed.weights,
-            shared,
-            num_experts=num_experts,
-            out=out,
-            product=self.product,
-        )
+        weight, (num_experts, bias) = self.packed(layer), _experts(layer)
+        experts, weights, tiles = routed.experts, routed.weights, routed.tiles
+        if not runs_triton(x):
+            packed_grouped_sum_ref(
+                x,
+                weight,
+                bias,
+                experts,
+                weights,
+                shared,
+                num_experts=num_experts,
+                out=out,
+                product=self.on_cpu,
+            )
+        elif tiles is None:
+            packed_grouped_sum(x, weight, bias, experts, weights, shared, num_experts=num_experts, out=out)
+        else:
+            assert results is not None, "tiles store their results before they are added"
+            packed_grouped_linear(
+                x, weight, bias, experts, weights, num_experts=num_experts, tiles=tiles, out=results
+            )
+            moe_sum(results, experts, shared, out=out)
 
 
 def _experts(layer: nn.Module) -> tuple[int, Tensor | None]:
