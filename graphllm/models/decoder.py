@@ -56,6 +56,7 @@ class DecoderLayer(nn.Module):
             scale=config.attention_scale,
             sliding_window=layer.sliding_window,
             softcap=config.attention_softcap,
+            is_causal=config.is_causal,
         )
         norm = partial(make_norm, config.hidden_size, config=config.norm, device=device, dtype=dtype)
         placement = config.norm_placement
@@ -195,7 +196,13 @@ class Decoder(nn.Module):
         linear = partial(Linear, bias=False, scheme=scheme, device=device, dtype=dtype)
         embedding_size = config.embedding_size or config.hidden_size
         self.embedding = TokenEmbedding(
-            config.vocab_size, embedding_size, scale=config.embedding_multiplier, device=device, dtype=dtype
+            config.vocab_size,
+            embedding_size,
+            scale=config.embedding_multiplier,
+            num_types=config.num_token_types,
+            num_used_types=config.num_used_token_types,
+            device=device,
+            dtype=dtype,
         )
         self.embedding_projection = self.head_projection = None
         if config.embedding_size is not None:
@@ -210,6 +217,8 @@ class Decoder(nn.Module):
                 device=device,
                 dtype=dtype,
             )
+        norm = partial(make_norm, config.hidden_size, config=config.norm, device=device, dtype=dtype)
+        self.embedding_norm = norm() if config.has_embedding_norm else None
         # One for each way of turning that occurs, in the order of the layers that do.
         rotaries = [*dict.fromkeys(layer.rotary for layer in config.layers if layer.rotary is not None)]
         self.rotaries = nn.ModuleList(
@@ -223,12 +232,11 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer, backend=backend, scheme=scheme, device=device, dtype=dtype)
             for layer in config.layers
         )
-        self.final_norm = None
-        if config.norm_placement != "sum":
-            self.final_norm = make_norm(config.hidden_size, config=config.norm, device=device, dtype=dtype)
-        if config.tie_word_embeddings:
-            self.head: Linear | TiedHead = TiedHead(self.embedding, scheme=scheme)
-        else:
+        self.final_norm = norm() if config.norm_placement != "sum" else None
+        self.head: Linear | TiedHead | None = None
+        if config.has_head and config.tie_word_embeddings:
+            self.head = TiedHead(self.embedding, scheme=scheme)
+        elif config.has_head:
             self.head = linear(embedding_size, {"": config.vocab_size}, bias=config.head_bias)
 
     def forward_in_slices(
@@ -282,6 +290,8 @@ class Decoder(nn.Module):
             self.embedding_projection.project(embedded, out=residual)
         if self.positions is not None:
             self.positions.add(positions, residual)
+        if self.embedding_norm is not None:
+            self.embedding_norm(residual, out=residual)
         return residual
 
     def final_hidden(self, tokens: torch.Tensor, *, num_tokens: int, arena: Arena) -> torch.Tensor:
@@ -303,7 +313,13 @@ class Decoder(nn.Module):
         )
 
     def project(self, hidden: torch.Tensor, *, arena: Arena, out: torch.Tensor) -> None:
-        """From `final_hidden`'s rows to their logits: out, [num_rows, vocab_size] float32."""
+        """From `final_hidden`'s rows to their logits: out, [num_rows, vocab_size] float32.
+
+        Zeros where there is no head: what is then sampled is dropped, but must be a token.
+        """
+        if self.head is None:
+            out.zero_()
+            return
         if self.head_projection is not None:
             hidden = self.head_projection(hidden, arena=arena, name="wide")
         self.head.project(hidden, out=out)

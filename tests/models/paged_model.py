@@ -78,6 +78,12 @@ class PagedModel:
         )
         return logits
 
+    @torch.inference_mode()
+    def hidden(self, num_tokens: int) -> torch.Tensor:
+        """The last step's final hidden states, [num_tokens, hidden_size]; it had so many tokens."""
+        tokens = torch.arange(num_tokens)
+        return self.model.final_hidden(tokens, num_tokens=num_tokens, arena=self._arena).clone()
+
     def _extend(self, slot: int, num_tokens: int) -> None:
         num_blocks = -(-self.lengths[slot] // BLOCK_SIZE)
         self.lengths[slot] += num_tokens
