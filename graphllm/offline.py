@@ -235,7 +235,7 @@ class _EmbeddingSink:
         self._embedding: array[float] | None = None
 
     def write(self, delta: SequenceDelta) -> None:
-        self._embedding = delta.embedding
+        self._embedding = delta.pooled
 
     def flush(self) -> None:
         """Nobody reads before the end."""

@@ -100,9 +100,9 @@ class AttentionSpec:
     """The mathematics of one layer's attention.
 
     scale multiplies q.k; sliding_window None means full. softcap c turns a score s into c tanh(s / c)
-    (Gemma 2, arXiv:2408.00118); None leaves it. Without is_causal a query sees the whole context, or what lies
-    nearer than sliding_window on either side; every row is then a whole prompt. Learned sinks are a layer's weights, not a number, and
-    are passed to `forward`.
+    (Gemma 2, arXiv:2408.00118); None leaves it. Without is_causal a query sees the whole context, or what
+    lies nearer than sliding_window on either side; every row is then a whole prompt. Learned sinks are a
+    layer's weights, not a number, and are passed to `forward`.
     """
 
     num_heads: int

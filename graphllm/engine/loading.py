@@ -20,10 +20,12 @@ from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
 from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
 from graphllm.engine.measured_rates import MeasuredRates
+from graphllm.engine.pooling_limits import limits_of_purpose
 from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
+from graphllm.models.pooling import PoolingConfig, load_pooler, read_pooling
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.served import ServedModel
 from graphllm.models.transformers_fallback import find_fallback
@@ -62,6 +64,8 @@ class LoadedModel:
     swapper: BlockSwapper
     rates: MeasuredRates
     constraints: ConstraintBuilder
+    pooling: PoolingConfig
+    is_causal: bool
     vocab_size: int
 
 
@@ -73,13 +77,17 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     fallback = find_fallback(
         checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
     )
+    family = None
     if fallback is None:
-        model_config = read_model_config(checkpoint, find_family(checkpoint))
+        family = find_family(checkpoint)
+        model_config = read_model_config(checkpoint, family)
     else:
         model_config = fallback.config
+    pooling = read_pooling(checkpoint, family, model_config)
+    torch_device = device.torch_device
+    model_config, config = limits_of_purpose(config, model_config, pooling, device_type=torch_device.type)
     # A module of transformers allocates in its steps, which a capture must not.
     captures = not config.enforce_eager and fallback is None
-    torch_device = device.torch_device
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
@@ -110,11 +118,12 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
                 )
             else:
                 model = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
+            pooler = load_pooler(checkpoint, pooling, tokenizer=tokenizer, device=torch_device)
         if ahead is not None:
             ahead.wait()
     with memory_errors_explained("intermediates, tables and the KV cache"):
         if device.graphs is None:
-            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            parts = assemble_step(config, limits, device, model=model, arena=arena, pooler=pooler)
             plan = plan_memory(
                 config,
                 kv_shape,
@@ -125,7 +134,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         else:
             device.graphs.trim()
             free_after_weights = device.graphs.free_bytes()
-            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            parts = assemble_step(config, limits, device, model=model, arena=arena, pooler=pooler)
             measured = measure_largest_step(parts, kv_shape, graphs_enabled=captures)
             graph_bytes = measured.graph_bytes
             memory = DeviceMemory(
@@ -175,6 +184,8 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             eos_token_ids=eos_token_ids,
             compiler=_build_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
+        pooling=pooling,
+        is_causal=model_config.is_causal,
         vocab_size=model_config.vocab_size,
     )
 

@@ -65,7 +65,8 @@ class PoolingConfig:
     head. normalizes: vectors were published with length 1. can_be_cut: a vector's first numbers are one by
     themselves, by their makers' word (Kusupati et al., 2022, arXiv:2205.13147); sizes: the only numbers of
     them that are allowed, none for any. labels: what the scores are of; activation: what makes numbers
-    between 0 and 1 of them. max_tokens, lowercases, prompts, default_prompt, similarity: as in
+    between 0 and 1 of them. type_stride: what a token's type adds to its id, for models that tell a second
+    text by it, else 0. max_tokens, lowercases, prompts, default_prompt, similarity: as in
     `SentenceTransformer`.
     """
 
@@ -79,6 +80,7 @@ class PoolingConfig:
     sizes: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     activation: ScoreActivation = "identity"
+    type_stride: int = 0
     max_tokens: int | None = None
     lowercases: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -154,6 +156,7 @@ def _read_scores(
         normalizes=False,
         labels=labels,
         activation=_read_activation(checkpoint, num_labels=len(labels)),
+        type_stride=config.vocab_size // config.num_used_token_types if config.num_used_token_types > 1 else 0,
     )
 
 
@@ -219,7 +222,7 @@ def _read_activation(checkpoint: Checkpoint | DummyCheckpoint, *, num_labels: in
             _refuse_key(checkpoint, key, f"asks for {name!r:.80}; supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
     problem = checkpoint.hf_config.get("problem_type")
-    if problem in _ACTIVATION_OF_PROBLEM:
+    if isinstance(problem, str) and problem in _ACTIVATION_OF_PROBLEM:
         return _ACTIVATION_OF_PROBLEM[problem]
     return "sigmoid" if num_labels == 1 else "softmax"
 
@@ -312,10 +315,8 @@ def _read_folder(path: Path, layer: PoolerLayer) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             if set(tensors.keys()) != wanted:
-                raise CheckpointError(
-                    f"{file}: it has the tensors {', '.join(sorted(tensors.keys()))}; {', '.join(sorted(wanted))} "
-                    "are needed."
-                )
+                has, needs = (", ".join(sorted(names)) for names in (tensors.keys(), wanted))
+                raise CheckpointError(f"{file}: it has the tensors {has}; {needs} are needed.")
             return {name.removeprefix("linear."): tensors.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from error

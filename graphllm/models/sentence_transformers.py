@@ -1,10 +1,11 @@
 """What a folder says of its embeddings in the files of sentence-transformers.
 
 Owns reading and checking modules.json, the pooling's and dense layers' configurations, the longest text and
-the prompts. Opens no weights. What is honoured: one Transformer in the folder itself, one Pooling by the first
-or last token, the mean, the sum by the root of the length or the maximum, any number of Dense layers with
-identity or tanh, and a Normalize at the end. Everything else is refused by name: a vector that is nearly what
-was published is of no use. Formats: https://sbert.net/docs/package_reference/sentence_transformer/models.html
+the prompts. Opens no weights. What is honoured: one Transformer in the folder itself, one Pooling by the
+first or last token, the mean, the sum by the root of the length or the maximum, any number of Dense layers
+with identity or tanh, and a Normalize at the end. Everything else is refused by name: a vector that is nearly
+what was published is of no use. Formats:
+https://sbert.net/docs/package_reference/sentence_transformer/models.html
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
+from graphllm.models.pooling import Pooler, PoolingConfig
 from graphllm.models.served import ServedModel
 from graphllm.runner.device import Device
 from graphllm.runner.graph_runner import GraphRunner
@@ -24,6 +25,7 @@ from graphllm.runner.sampler import SamplerKind
 from graphllm.runner.staging import StagingRing
 from graphllm.runner.step_buffers import StepBuffers
 from graphllm.runner.step_program import StepProgram
+from graphllm.runner.text_pooling import TextPooling
 from graphllm.sampling_params import MAX_LOGPROBS
 from graphllm.step_buckets import StepBuckets
 
@@ -37,6 +39,7 @@ class StepParts:
     """What a step needs beside a KV cache."""
 
     model: ServedModel
+    pooling: TextPooling
     arena: Arena
     buffers: StepBuffers
     buckets: StepBuckets
@@ -44,7 +47,12 @@ class StepParts:
 
     def program(self, kv_cache: KVCache) -> StepProgram:
         return StepProgram(
-            self.model, backend=self.model.backend, buffers=self.buffers, kv_cache=kv_cache, arena=self.arena
+            self.model,
+            backend=self.model.backend,
+            buffers=self.buffers,
+            kv_cache=kv_cache,
+            pooling=self.pooling,
+            arena=self.arena,
         )
 
     def graphs(
@@ -71,8 +79,7 @@ class StepParts:
             limits,
             max_num_seqs=self.buffers.max_num_seqs,
             padding_slot=self.buffers.padding_slot,
-            hidden_size=self.model.config.hidden_size,
-            dtype=self.model.dtype,
+            pooling=self.pooling.config,
             device=self.device,
         )
         return ModelRunner(
@@ -100,11 +107,24 @@ def choose_backend(
 
 
 def assemble_step(
-    config: EngineConfig, limits: StepLimits, device: Device, *, model: ServedModel, arena: Arena
+    config: EngineConfig,
+    limits: StepLimits,
+    device: Device,
+    *,
+    model: ServedModel,
+    arena: Arena,
+    pooler: Pooler | None = None,
 ) -> StepParts:
-    """Build the parts around a model; `arena` is that of the model's attention backend."""
+    """Build the parts around a model; `arena` is that of the model's attention backend.
+
+    pooler: None for one that gives a text's last hidden state as it is.
+    """
+    if pooler is None:
+        last_states = PoolingConfig(purpose="generate", method="last", hidden_size=model.config.hidden_size)
+        pooler = Pooler(last_states, device=device.torch_device)
     return StepParts(
         model=model,
+        pooling=TextPooling(pooler, num_slots=limits.num_slots + 1, device=device.torch_device),
         arena=arena,
         buffers=StepBuffers(
             limits,
@@ -154,6 +174,7 @@ def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batc
     num_seqs = program.buffers.max_num_seqs
     for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
         program.forward(shape)
+    program.pool_largest(num_tokens=max_num_batched_tokens, num_lines=num_seqs)
     program.score(1, num_tokens=max_num_batched_tokens, num_top=MAX_LOGPROBS)
     for kind in SamplerKind:
         program.sample(num_seqs, kind)

@@ -120,6 +120,7 @@ class Tiers:
             sequence.num_swaps < self._max_swaps
             and sequence.num_computed_tokens > 0
             and self._manager.num_blocks_for(sequence.num_computed_tokens) <= self.host.num_free_swap_blocks
+            and not sequence.group.keeps_device_state
             and not self._prefixes.depends_on_others(sequence)
         )
 

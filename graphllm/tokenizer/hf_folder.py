@@ -51,6 +51,7 @@ def read_folder_tokenizer(folder: Path) -> TokenizerSource:
         eos_token_ids=frozenset(_configured_eos_ids(folder))
         | (frozenset() if eos_token_id is None else {eos_token_id}),
         chat_templates=_read_chat_templates(folder, config),
+        appended_eos_id=eos_token_id if config.get("add_eos_token") is True else None,
     )
 
 

@@ -16,7 +16,8 @@ class TokenizerSource:
     """special_tokens: "bos_token", "eos_token" ... to the token's text, as chat templates see them.
 
     eos_token_ids: every token that ends a generation. chat_templates: name to Jinja source; a model
-    with one template calls it "default", a model without has none.
+    with one template calls it "default", a model without has none. appended_eos_id: the files ask for this
+    token behind every text, as those of some embedding models do.
     """
 
     backend: Backend
@@ -24,3 +25,4 @@ class TokenizerSource:
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     chat_templates: Mapping[str, str]
+    appended_eos_id: int | None = None

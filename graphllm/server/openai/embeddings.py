@@ -211,8 +211,8 @@ class _InputSink:
     def write(self, delta: SequenceDelta) -> None:
         if delta.finish_reason is FinishReason.ABORT:
             self._reply.fail(EngineUnavailableError("The request was cut short by the server."))
-        elif delta.embedding is not None:
-            self._reply.take(self._position, delta.embedding)
+        elif delta.pooled is not None:
+            self._reply.take(self._position, delta.pooled)
 
     def flush(self) -> None:
         """Nothing leaves before the end."""
