@@ -166,6 +166,41 @@ class EmbeddingRequestOutput:
     finished: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How well a pair of texts goes together."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """One scored pair (offline API; the shape vLLM users know)."""
+
+    request_id: str
+    outputs: ScoringOutput
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOutput:
+    """How likely each label of a text is; label: the likeliest."""
+
+    probs: list[float]
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationRequestOutput:
+    """One classified text (offline API; the shape vLLM users know)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: ClassificationOutput
+    finished: bool = True
+
+
 def l2_normalized(embedding: array[float]) -> array[float]:
     """The vector of length 1 in the same direction; zeros stay zeros."""
     length = math.hypot(*embedding)

@@ -156,7 +156,9 @@ def _read_scores(
         normalizes=False,
         labels=labels,
         activation=_read_activation(checkpoint, num_labels=len(labels)),
-        type_stride=config.vocab_size // config.num_used_token_types if config.num_used_token_types > 1 else 0,
+        type_stride=config.vocab_size // config.num_used_token_types
+        if config.num_used_token_types > 1
+        else 0,
     )
 
 

@@ -177,7 +177,7 @@ class Tokenizer:
         lengths = _longest_first(len(texts[0]), len(texts[1]), max(0, max_tokens - num_special))
         for encoding, length in zip(texts, lengths, strict=True):
             encoding.truncate(length)
-        encoding = self._backend.post_process(*texts, True)
+        encoding = self._backend.post_process(texts[0], texts[1], True)
         return encoding.ids, encoding.type_ids
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
