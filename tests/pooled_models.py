@@ -54,7 +54,7 @@ def write_model(folder: Path, architecture: str, *, seed: int = 0, **keys: Any) 
     redraw(model, seed=seed)
     model.save_pretrained(folder)
     if "Roberta" in architecture:
-        template = processors.RobertaProcessing(sep=("</s>", END), cls=("<s>", START))
+        template = processors.RobertaProcessing(("</s>", END), ("<s>", START))
     elif is_encoder:
         template = processors.TemplateProcessing(
             single="<s> $A <sep>",

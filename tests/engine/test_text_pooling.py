@@ -80,7 +80,7 @@ def test_an_encoder_computes_every_text_whole(
     model = pooled_model(tmp_path, "BertModel", way)
 
     async def run() -> None:
-        flags = {"max_num_batched_tokens": 300, "max_num_seqs": 4, "debug_kv": True}
+        flags = {"max_num_batched_tokens": 300, "max_num_seqs": 16, "debug_kv": True}
         async with running_engine(tmp_path, device=open_device(), **flags) as engine:
             await check_all(engine, model, way, [prompt(length, seed=length) for length in LENGTHS])
 
