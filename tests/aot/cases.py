@@ -63,6 +63,8 @@ LLAMA_1B = Shape(2048, 32, 8, 64, 8192, 128256)
 QWEN_600M = Shape(1024, 16, 8, 128, 3072, 151936, has_qk_norm=True)
 LLAMA_8B = Shape(4096, 32, 8, 128, 14336, 128256)
 GEMMA_LIKE = Shape(2304, 8, 4, 256, 9216, 256000)
+BERT_LARGE = Shape(1024, 16, 16, 64, 4096, 30522)
+GEMMA_300M = Shape(768, 3, 1, 256, 1152, 262144)
 
 
 def norms(card: Card) -> None:
@@ -227,12 +229,14 @@ def attention(card: Card) -> None:
         block_tables=card.tensor(NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
-    for shape, dtype, window, softcap, has_alibi in (
-        (LLAMA_1B, BF16, None, None, False),
-        (LLAMA_8B, BF16, None, None, False),
-        (LLAMA_8B, eight_bits(card), None, None, False),
-        (GEMMA_LIKE, BF16, 4096, 50.0, False),
-        (LLAMA_1B, BF16, None, None, True),
+    for shape, dtype, window, softcap, has_alibi, is_causal in (
+        (LLAMA_1B, BF16, None, None, False, True),
+        (LLAMA_8B, BF16, None, None, False, True),
+        (LLAMA_8B, eight_bits(card), None, None, False, True),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False, True),
+        (LLAMA_1B, BF16, None, None, True, True),
+        (BERT_LARGE, BF16, None, None, False, False),
+        (GEMMA_300M, BF16, 257, None, False, False),
     ):
         metadata = backend.plan(inputs, bucket)
         backend.begin_step(metadata)
@@ -246,6 +250,7 @@ def attention(card: Card) -> None:
                 scale=shape.head_dim**-0.5,
                 sliding_window=window,
                 softcap=softcap,
+                is_causal=is_causal,
             ),
             metadata=metadata,
             slopes=card.tensor(shape.num_heads, dtype=torch.float32) if has_alibi else None,

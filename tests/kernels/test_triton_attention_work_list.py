@@ -8,6 +8,7 @@ import torch
 
 from graphllm.kernels.attention_work_list import (
     GRANULE,
+    ITEM_FIELDS,
     DecodeWorkList,
     PrefillWorkList,
     decode_work_list,
@@ -76,7 +77,7 @@ def entries_of_programs(work: DecodeWorkList) -> list[list[int]]:
 def cut_up(rows: Rows, query_tile: int) -> tuple[list[list[int]], int]:
     """The items that are there, and for how many there was room."""
     max_items = max_prefill_items(sum(query_len for query_len, _ in rows), len(rows), query_tile)
-    out = PrefillWorkList(integers(max_items, 4), integers(1), query_tile)
+    out = PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), query_tile)
     work = prefill_work_list(**tensors_of(rows), max_num_rows=64, out=out)
     num_items = int(work.num_items)
     assert (work.items[num_items:] == -7).all()
@@ -95,7 +96,7 @@ def test_lists_are_those_of_the_references(seed: int, sliding_window: int | None
     assert torch.equal(actual.cuts, expected.cuts)
     items, max_items = cut_up(rows, 5)
     expected_items = prefill_work_list_ref(
-        **tensors_of(rows), out=PrefillWorkList(integers(max_items, 4), integers(1), 5)
+        **tensors_of(rows), out=PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), 5)
     )
     assert items == expected_items.items[: len(items)].tolist()
     assert len(items) == int(expected_items.num_items)
