@@ -190,7 +190,7 @@ class LLM:
             max_tokens=engine.max_model_len,
             instruction=instruction,
             is_raw=not use_activation,
-            param="documents",
+            params=("queries", "documents"),
         )
         inputs: list[Prompt] = [{"prompt_token_ids": token_ids} for token_ids in pairs.inputs()]
         results = self._pool(inputs, prefix="", use_tqdm=use_tqdm)

@@ -15,10 +15,12 @@ import torch
 
 from graphllm.cache.kv_cache import KVCacheShape, resolve_kv_dtype
 from graphllm.config import EngineConfig, PlanConfig, card_capability, parse_card
+from graphllm.engine.pooling_limits import limits_of_purpose
 from graphllm.errors import ConfigError
 from graphllm.models.checkpoint import resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.pooling import read_pooling
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.runner.memory_estimate import (
     WeightBytes,
@@ -114,7 +116,10 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         raise ConfigError("--device cpu: a plan is of a CUDA device's memory.")
     assert plan_config.gpu is not None
     checkpoint = DummyCheckpoint(resolve_model(config, with_weights=False))
-    model_config = read_model_config(checkpoint, find_family(checkpoint))
+    family = find_family(checkpoint)
+    model_config = read_model_config(checkpoint, family)
+    pooling = read_pooling(checkpoint, family, model_config)
+    model_config, config = limits_of_purpose(config, model_config, pooling, device_type="cuda")
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,

@@ -24,8 +24,10 @@ def limits_of_purpose(
     the context, and where --max-num-batched-tokens does, texts are no longer than that. Raises ConfigError
     for flags that contradict each other or what the model can do.
     """
+    was_asked = config.max_model_len
     if pooling.max_tokens is not None and pooling.max_tokens < model.max_position_embeddings:
         model = replace(model, max_position_embeddings=pooling.max_tokens)
+        config = replace(config, max_model_len=config.max_model_len or pooling.max_tokens)
     if model.is_causal:
         return model, config
     if config.pin_prefix or config.kv_offloading_size:
@@ -36,7 +38,7 @@ def limits_of_purpose(
     context = model.max_position_embeddings
     usual = plan_limits(config, model_context=context, device_type=device_type).max_num_batched_tokens
     step = config.max_num_batched_tokens
-    length = config.max_model_len or (context if step is None else min(step, context))
+    length = was_asked or (context if step is None else min(step, context))
     if step is not None and length > step:
         raise ConfigError(
             f"--max-model-len {length} is above --max-num-batched-tokens {step}: this model's queries see "

@@ -28,7 +28,8 @@ class PairScores:
     """The scores of pairs: what is computed for them, and what they are in the end.
 
     pairs: (query, document). max_tokens: of what is computed for one; is_cut: longer ones lose their ends.
-    is_raw: logits and not what the makers make of them. Raises InvalidRequestError for a model that gives no
+    is_raw: logits and not what the makers make of them. params: the request's fields that queries and
+    documents are in, for errors. Raises InvalidRequestError for a model that gives no
     scores of pairs, and for an instruction that it cannot take.
     """
 
@@ -42,7 +43,7 @@ class PairScores:
         is_cut: bool = False,
         instruction: str | None = None,
         is_raw: bool = False,
-        param: str,
+        params: tuple[str, str],
     ) -> None:
         check_scores(pooling)
         check_instruction(pooling, instruction)
@@ -55,7 +56,7 @@ class PairScores:
             max_tokens=max_tokens,
             instruction=instruction,
             is_cut=is_cut,
-            param=param,
+            params=params,
         )
         # For models of vectors: queries and documents have prompts of their own.
         self._encoders = {
@@ -67,7 +68,7 @@ class PairScores:
                 prompt=prompt_for(pooling, kind),
                 param=param,
             )
-            for kind in ("query", "document")
+            for kind, param in zip(("query", "document"), params, strict=True)
         }
         # Each embedded once, however many pairs it is in.
         self._texts = dict.fromkeys(("query", query) for query, _ in pairs)

@@ -96,14 +96,15 @@ class PairEncoder:
     """How a query and a document become the ids of one text, by the model's own rule.
 
     instruction: what the model is to judge by, where it can be told. is_cut: longer pairs lose their ends.
+    params: the request's fields that queries and documents are in, for errors.
     """
 
     tokenizer: Tokenizer
     pooling: PoolingConfig
     max_tokens: int
+    params: tuple[str, str]
     instruction: str | None = None
     is_cut: bool = False
-    param: str = "input"
 
     def ids(self, query: str, document: str) -> list[int]:
         """Raises InvalidRequestError and ContextLengthError."""
@@ -111,18 +112,18 @@ class PairEncoder:
         if pooling.score_tokens is not None:
             return self._judged(query, document)
         ids, types = self.tokenizer.encode_pair(
-            query, document, max_tokens=self.max_tokens, is_cut=self.is_cut, param=self.param
+            query, document, max_tokens=self.max_tokens, is_cut=self.is_cut, params=self.params
         )
         if not ids:
             raise InvalidRequestError(
-                "The texts are empty; the model needs at least one token.", param=self.param
+                "The texts are empty; the model needs at least one token.", param=self.params[1]
             )
         if pooling.type_stride == 0:
             return ids
         return [token_id + pooling.type_stride * kind for token_id, kind in zip(ids, types, strict=True)]
 
     def _judged(self, query: str, document: str) -> list[int]:
-        tokenizer = self.tokenizer
+        tokenizer, param = self.tokenizer, self.params[len(query) <= len(document)]
         before, behind = (
             tokenizer.encode(text, add_special_tokens=False) for text in (_JUDGE_BEFORE, _JUDGE_BEHIND)
         )
@@ -131,17 +132,17 @@ class PairEncoder:
         if limit < 1:
             raise InvalidRequestError(
                 f"{self.max_tokens} tokens are too few: the model's own instructions have {num_around}.",
-                param="truncate_prompt_tokens" if self.is_cut else self.param,
+                param="truncate_prompt_tokens" if self.is_cut else param,
             )
         text = (
             f"<Instruct>: {self.instruction or _JUDGE_INSTRUCTION}\n<Query>: {query}\n<Document>: {document}"
         )
         if self.is_cut:
             ids = tokenizer.encode_cut(
-                text, max_tokens=limit, keeps_first=True, add_special_tokens=False, param=self.param
+                text, max_tokens=limit, keeps_first=True, add_special_tokens=False, param=param
             )
         else:
-            ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=limit, param=self.param)
+            ids = tokenizer.encode(text, add_special_tokens=False, max_tokens=limit, param=param)
         return [*before, *ids, *behind]
 
 

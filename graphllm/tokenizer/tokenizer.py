@@ -154,16 +154,17 @@ class Tokenizer:
         return ids
 
     def encode_pair(
-        self, first: str, second: str, *, max_tokens: int, is_cut: bool, param: str
+        self, first: str, second: str, *, max_tokens: int, is_cut: bool, params: tuple[str, str]
     ) -> tuple[list[int], list[int]]:
         """Ids and types of two texts in one, with what the tokenizer puts around and between them.
 
         A type is 0 or 1, of the second text where the tokenizer tells them apart. is_cut: what is more than
         max_tokens is taken off the ends, of the longer text first; otherwise ContextLengthError is raised.
-        Raises InvalidRequestError for what is no text.
+        params: the request's fields, for errors; the longer text is at fault. Raises InvalidRequestError for
+        what is no text.
         """
         texts = []
-        for text in (first, second):
+        for text, param in zip((first, second), params, strict=True):
             num_bytes = len(_utf8(text, param=param))
             if is_cut:
                 text = text[: max_tokens * self.longest_token_bytes]
@@ -173,7 +174,7 @@ class Tokenizer:
         num_special = self._backend.num_special_tokens_to_add(True)
         num_tokens = sum(map(len, texts)) + num_special
         if num_tokens > max_tokens and not is_cut:
-            _refuse_length(str(num_tokens), max_tokens, param=param)
+            _refuse_length(str(num_tokens), max_tokens, param=params[len(texts[0]) <= len(texts[1])])
         lengths = _longest_first(len(texts[0]), len(texts[1]), max(0, max_tokens - num_special))
         for encoding, length in zip(texts, lengths, strict=True):
             encoding.truncate(length)

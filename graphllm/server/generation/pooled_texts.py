@@ -45,7 +45,7 @@ def pair_scores(
     truncated: Truncation | None,
     instruction: str | None,
     is_raw: bool,
-    param: str,
+    params: tuple[str, str],
 ) -> PairScores:
     """A request's pairs. Raises InvalidRequestError where the model cannot score them so."""
     return PairScores(
@@ -56,7 +56,7 @@ def pair_scores(
         is_cut=truncated is not None,
         instruction=instruction,
         is_raw=is_raw,
-        param=param,
+        params=params,
     )
 
 

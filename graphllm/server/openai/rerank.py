@@ -69,7 +69,7 @@ class Reranking:
             truncated=pooled_truncation(engine, fields.truncate_prompt_tokens, None),
             instruction=fields.instruction,
             is_raw=fields.use_activation is False,
-            param="documents",
+            params=("query", "documents"),
         )
 
         def finish(reply: PooledReply, results: list[Any]) -> dict[str, Any]:

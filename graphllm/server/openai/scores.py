@@ -77,7 +77,7 @@ class Scores:
             truncated=pooled_truncation(engine, fields.truncate_prompt_tokens, None),
             instruction=fields.instruction,
             is_raw=fields.use_activation is False,
-            param="text_2",
+            params=("text_1", "text_2"),
         )
 
         def finish(reply: PooledReply, results: list[Any]) -> dict[str, Any]:
