@@ -136,3 +136,10 @@ def hidden_states(model: PreTrainedModel, token_ids: Sequence[int], **arguments:
     with torch.inference_mode():
         hidden: torch.Tensor = model(torch.tensor([token_ids]), **arguments).last_hidden_state[0]
     return hidden
+
+
+def byte_ids(text: str) -> list[int]:
+    """By the byte-level alphabet in the order of its characters."""
+    order = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+    return [order[char] for piece, _ in spelt for char in piece]

@@ -20,7 +20,7 @@ from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
 from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
 from graphllm.engine.measured_rates import MeasuredRates
-from graphllm.engine.pooling_limits import limits_of_purpose
+from graphllm.engine.pooling_limits import limits_of_purpose, with_sizes
 from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model
@@ -83,7 +83,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         model_config = read_model_config(checkpoint, family)
     else:
         model_config = fallback.config
-    pooling = read_pooling(checkpoint, family, model_config)
+    pooling = with_sizes(read_pooling(checkpoint, family, model_config), config.matryoshka_dimensions)
     torch_device = device.torch_device
     model_config, config = limits_of_purpose(config, model_config, pooling, device_type=torch_device.type)
     # A module of transformers allocates in its steps, which a capture must not.

@@ -1,7 +1,7 @@
 """What a model's purpose does to the limits of its steps and texts.
 
-Owns the longest text of a model for vectors and scores, and that one whose queries see the whole text
-computes it in one step, from nothing that is cached. Plans no memory.
+Owns the longest text of a model for vectors and scores, the sizes that vectors may be cut to, and that a
+model whose queries see the whole text computes it in one step, from nothing that is cached. Plans no memory.
 """
 
 from __future__ import annotations
@@ -50,3 +50,17 @@ def limits_of_purpose(
         max_num_batched_tokens=step or max(length, usual),
         enable_prefix_caching=False,
     )
+
+
+def with_sizes(pooling: PoolingConfig, sizes: tuple[int, ...] | None) -> PoolingConfig:
+    """The pooling with what `--matryoshka-dimensions` says; raises ConfigError where it has no meaning."""
+    if sizes is None:
+        return pooling
+    if pooling.purpose != "embed":
+        raise ConfigError("--matryoshka-dimensions is for models that were published for embeddings.")
+    for size in sizes:
+        if not 1 <= size <= pooling.output_size:
+            raise ConfigError(
+                f"--matryoshka-dimensions must lie between 1 and {pooling.output_size}, not {size}."
+            )
+    return replace(pooling, can_be_cut=True, sizes=sizes)

@@ -25,6 +25,7 @@ from graphllm.models.safetensors_folder import WEIGHTS_FILE
 from graphllm.models.sentence_transformers import (
     SentenceTransformer,
     has_sentence_transformer,
+    read_cross_encoder_activation,
     read_sentence_transformer,
 )
 from graphllm.tokenizer.tokenizer import Tokenizer
@@ -213,12 +214,17 @@ def _read_labels(checkpoint: Checkpoint | DummyCheckpoint, *, num_labels: int) -
 
 
 def _read_activation(checkpoint: Checkpoint | DummyCheckpoint, *, num_labels: int) -> ScoreActivation:
-    """The makers' word for cross-encoders, else what transformers' pipeline does with so many labels."""
+    """The makers' word for cross-encoders, in one of three places.
+
+    Else what transformers' pipeline does with so many labels.
+    """
     section = checkpoint.hf_config.get("sentence_transformers")
     key, name = "sentence_transformers", section.get("activation_fn") if isinstance(section, dict) else None
     if name is None:
         key = "sbert_ce_default_activation_function"
         name = checkpoint.hf_config.get(key)
+    if name is None:
+        key, name = "activation_fn", read_cross_encoder_activation(checkpoint.path)
     if name is not None:
         if name not in _ACTIVATIONS:
             _refuse_key(checkpoint, key, f"asks for {name!r:.80}; supported are {', '.join(_ACTIVATIONS)}")

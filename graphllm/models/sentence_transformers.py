@@ -32,7 +32,7 @@ LENGTH_FILES = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-_MAX_JSON_BYTES = 1 << 20
+_MAX_JSON_BYTES = 16 << 20
 _PACKAGE = "sentence_transformers."
 _METHOD_OF_FLAG: Mapping[str, PoolingMethod] = {
     "pooling_mode_cls_token": "first",
@@ -52,6 +52,8 @@ _HAS_TANH = {
     "torch.nn.modules.linear.Identity": False,
     "torch.nn.modules.activation.Tanh": True,
 }
+_PLAIN_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
+_NO_LENGTH = 10**9
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
@@ -122,6 +124,13 @@ def read_sentence_transformer(path: Path) -> SentenceTransformer:
     )
 
 
+def read_cross_encoder_activation(path: Path) -> str | None:
+    """The class that makes scores of a cross-encoder's logits, where sentence-transformers has noted it."""
+    settings = _Object.read(path / SETTINGS_FILE) if path.is_dir() else _Object(path, {})
+    name = settings.values.get("activation_fn")
+    return name if isinstance(name, str) else None
+
+
 class _Object:
     """A JSON object of one file; what nobody reads is refused."""
 
@@ -142,6 +151,12 @@ class _Object:
         for key, value in self.values.items():
             if key not in known and value not in (None, False):
                 _refuse(self.path, f"key {key!r} ({value!r:.60}) is not understood")
+
+    def expect(self, key: str, value: object) -> None:
+        """Refuse any value of the key but this one; absent is as good."""
+        found = self.values.get(key)
+        if found is not None and found != value:
+            _refuse(self.path, f"key {key!r} is {found!r:.80}; only {value!r:.80} is supported")
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
@@ -220,7 +235,20 @@ def _read_method(config: _Object) -> PoolingMethod:
 
 def _read_dense(path: Path, folder: str) -> DenseLayer:
     config = _Object.read(path / folder / "config.json", is_needed=True)
-    config.check_keys(frozenset({"in_features", "out_features", "bias", "activation_function"}))
+    config.expect("module_input_name", "sentence_embedding")
+    config.expect("module_output_name", "sentence_embedding")
+    config.check_keys(
+        frozenset(
+            {
+                "in_features",
+                "out_features",
+                "bias",
+                "activation_function",
+                "module_input_name",
+                "module_output_name",
+            }
+        )
+    )
     return DenseLayer(
         folder,
         config.size("in_features"),
@@ -231,12 +259,25 @@ def _read_dense(path: Path, folder: str) -> DenseLayer:
 
 
 def _read_length(path: Path) -> tuple[int | None, bool]:
-    """The longest text, and whether texts are lowercased before they are tokenized."""
+    """The longest text, and whether texts are lowercased before they are tokenized.
+
+    Where the file has no length, as since version 6 of the library, it is the tokenizer's.
+    """
+    length, lowercases = None, False
     for name in LENGTH_FILES:
         if os.path.lexists(path / name):
             config = _Object.read(path / name)
-            return config.optional_size("max_seq_length"), config.flag("do_lower_case", False)
-    return None, False
+            config.expect("transformer_task", "feature-extraction")
+            config.expect("modality_config", {"text": _PLAIN_STATES})
+            config.expect("module_output_name", "token_embeddings")
+            length, lowercases = config.optional_size("max_seq_length"), config.flag("do_lower_case", False)
+            break
+    if length is None:
+        of_tokenizer = _Object.read(path / "tokenizer_config.json").values.get("model_max_length")
+        # A tokenizer without a limit says 1e30.
+        if type(of_tokenizer) is int and 0 < of_tokenizer < _NO_LENGTH:
+            length = of_tokenizer
+    return length, lowercases
 
 
 def _read_prompts(settings: _Object) -> dict[str, str]:

@@ -17,7 +17,8 @@ class TokenizerSource:
 
     eos_token_ids: every token that ends a generation. chat_templates: name to Jinja source; a model
     with one template calls it "default", a model without has none. appended_eos_id: the files ask for this
-    token behind every text, as those of some embedding models do.
+    token behind every text, as those of some embedding models do. has_types: the model is told which of two
+    texts a token belongs to.
     """
 
     backend: Backend
@@ -26,3 +27,4 @@ class TokenizerSource:
     eos_token_ids: frozenset[int]
     chat_templates: Mapping[str, str]
     appended_eos_id: int | None = None
+    has_types: bool = True

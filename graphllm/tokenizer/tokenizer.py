@@ -53,6 +53,7 @@ class Tokenizer:
 
     __slots__ = (
         "_backend",
+        "_has_types",
         "_token_bytes",
         "added_tokens",
         "appended_eos_id",
@@ -73,6 +74,7 @@ class Tokenizer:
         self.bos_token_id: int | None = source.bos_token_id
         self.eos_token_ids: frozenset[int] = source.eos_token_ids
         self.appended_eos_id = source.appended_eos_id
+        self._has_types = source.has_types
         added = backend.get_added_tokens_decoder()
         self.added_tokens: Mapping[str, int] = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(
@@ -179,7 +181,7 @@ class Tokenizer:
         for encoding, length in zip(texts, lengths, strict=True):
             encoding.truncate(length)
         encoding = self._backend.post_process(texts[0], texts[1], True)
-        return encoding.ids, encoding.type_ids
+        return encoding.ids, encoding.type_ids if self._has_types else [0] * len(encoding)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.

@@ -206,6 +206,23 @@ def test_an_encoder_refuses_flags_that_would_split_texts(tmp_path: Path) -> None
             asyncio.run(_start(tmp_path, **flags))
 
 
+def test_sizes_are_declared_by_a_flag(tmp_path: Path) -> None:
+    write_model(tmp_path, "BertModel")
+
+    async def run() -> None:
+        async with running_engine(tmp_path, max_num_seqs=4, matryoshka_dimensions=(8, 16)) as engine:
+            assert (engine.pooling.can_be_cut, engine.pooling.sizes) == (True, (8, 16))
+
+    asyncio.run(run())
+    with pytest.raises(ConfigError, match="must lie between 1 and 32, not 33"):
+        asyncio.run(_start(tmp_path, matryoshka_dimensions=(8, 33)))
+
+
+def test_sizes_are_for_models_of_vectors(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="is for models that were published for embeddings"):
+        asyncio.run(_start(tiny_model, matryoshka_dimensions=(8,)))
+
+
 def test_the_published_length_bounds_texts(tmp_path: Path) -> None:
     write_model(tmp_path, "BertModel")
     write_sentence_transformer(tmp_path, pooling={"pooling_mode_cls_token": True}, max_seq_length=33)

@@ -21,7 +21,7 @@ from tests.models.families import FAMILIES
 from tests.models.memory_checkpoint import as_checkpoint
 from tests.models.moe_families import MOE_FAMILIES
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
-from tests.models.test_pooled_families import CASES
+from tests.models.pooled_families import CASES
 
 pytestmark = pytest.mark.triton
 

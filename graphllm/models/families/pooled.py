@@ -28,9 +28,15 @@ def without_head(family: Family, *architectures: str, pooling: Pooling, prefix: 
     """
 
     def read_config(config: HFConfig) -> ModelConfig:
-        is_causal = _is_causal(config)
+        # Two keys say it, in files of different makers.
+        sees_all = not config.flag("is_causal", default=True)
+        has_halved_windows = config.flag("use_bidirectional_attention", default=False)
         base = replace(family.read_config(config), has_head=False, head_bias=False, tie_word_embeddings=False)
-        return base if is_causal else _seeing_all(base, config)
+        if has_halved_windows:
+            return _seeing_all(_with_halved_windows(base), config)
+        if sees_all and any(layer.sliding_window is not None for layer in base.layers):
+            config.refuse("is_causal", "is false, beside windows; what they then are is not known")
+        return _seeing_all(base, config) if sees_all else base
 
     head = family.weight_names["head"]
     return replace(
@@ -47,23 +53,21 @@ def without_head(family: Family, *architectures: str, pooling: Pooling, prefix: 
     )
 
 
-def _is_causal(config: HFConfig) -> bool:
-    """Two keys say it, in files of different makers."""
-    is_causal = config.flag("is_causal", default=True)
-    return is_causal and not config.flag("use_bidirectional_attention", default=False)
-
-
-def _seeing_all(base: ModelConfig, config: HFConfig) -> ModelConfig:
-    """Windows are as wide as before, half of them on either side, the query's own token in both."""
-    layers = tuple(
+def _with_halved_windows(base: ModelConfig) -> ModelConfig:
+    """EmbeddingGemma's: as wide as before, half of them on either side, the query's own token in both."""
+    layers = (
         layer
         if layer.sliding_window is None
         else replace(layer, sliding_window=layer.sliding_window // 2 + 1)
         for layer in base.layers
     )
+    return replace(base, layers=tuple(layers))
+
+
+def _seeing_all(base: ModelConfig, config: HFConfig) -> ModelConfig:
     if base.alibi_scale is not None or base.latent is not None:
         config.refuse("is_causal", "is false, which is not supported for this kind of attention")
-    return replace(base, is_causal=False, layers=layers)
+    return replace(base, is_causal=False)
 
 
 VECTORS = Pooling(method="last")

@@ -179,8 +179,8 @@ def check_dimensions(dimensions: int | None, pooling: PoolingConfig) -> None:
         return
     if not pooling.can_be_cut:
         raise InvalidRequestError(
-            f"'dimensions': this model's vectors have {size} numbers; it does not say that they may be cut "
-            "short ('is_matryoshka' or 'matryoshka_dimensions' in its config.json).",
+            f"'dimensions': this model's vectors have {size} numbers; its config.json does not say that they "
+            "may be cut short, nor does --matryoshka-dimensions.",
             param="dimensions",
         )
     if pooling.sizes and dimensions not in pooling.sizes:

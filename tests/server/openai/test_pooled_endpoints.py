@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from tests.pooled_models import (
@@ -20,6 +19,7 @@ from tests.pooled_models import (
     HIDDEN,
     SEPARATOR,
     START,
+    byte_ids,
     hidden_states,
     write_json,
     write_model,
@@ -56,13 +56,6 @@ def close_to(found: Any, expected: Any) -> None:
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
     return vector / vector.norm()
-
-
-def byte_ids(text: str) -> list[int]:
-    """By the byte-level alphabet in the order of its characters."""
-    order = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
-    return [order[char] for piece, _ in spelt for char in piece]
 
 
 @pytest.fixture(scope="module")
@@ -358,20 +351,34 @@ def test_labels_equal_transformers(
         assert server.refusal("/v1/completions", prompt="x")[0] == "model"
 
 
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("file", "keys"),
     [
-        ("sentence_transformers", {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5"}),
-        ("sbert_ce_default_activation_function", "torch.nn.modules.linear.Identity"),
+        ("config.json", {"sentence_transformers": {"activation_fn": IDENTITY, "version": "5"}}),
+        ("config.json", {"sbert_ce_default_activation_function": IDENTITY}),
+        ("config_sentence_transformers.json", {"activation_fn": IDENTITY, "model_type": "CrossEncoder"}),
     ],
 )
-def test_a_cross_encoder_names_its_activation(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_cross_encoder_names_its_activation(tmp_path: Path, file: str, keys: dict[str, Any]) -> None:
     model = write_model(tmp_path, "BertForSequenceClassification", num_labels=1)
-    config = json.loads((tmp_path / "config.json").read_text())
-    write_json(tmp_path / "config.json", config | {key: value})
+    path = tmp_path / file
+    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | keys)
     with serving(tmp_path) as server:
         answer = server.post("/v1/score", text_1="a query", text_2="a text")
         close_to(answer["data"][0]["score"], bert_logits(model, "a query", "a text")[0])
+
+
+def test_a_tokenizer_that_hands_on_no_types_leaves_them_zero(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "BertForSequenceClassification", num_labels=1)
+    names = {"eos_token": "</s>", "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(tmp_path / "tokenizer_config.json", names)
+    ids = [START, *byte_ids("a query"), SEPARATOR, *byte_ids("a text"), SEPARATOR]
+    with serving(tmp_path) as server:
+        answer = server.post("/v1/score", text_1="a query", text_2="a text", use_activation=False)
+        close_to(answer["data"][0]["score"], logits_of(model, ids)[0])
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
