@@ -22,6 +22,7 @@ from graphllm.attention.backend import (
     AttentionInputs,
     AttentionMetadata,
     AttentionSpec,
+    GroupInputs,
     LayerCache,
 )
 from graphllm.attention.paged import PagedAttention
@@ -32,6 +33,7 @@ from graphllm.layers.rotary import RotaryConfig
 from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.weights import choose_product
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 
 DEMO_SHAPE = ModelConfig(
@@ -125,7 +127,9 @@ class DecodeStep:
         self.backend = TimedAttention(block_size=BLOCK_SIZE)
         self.arena = Arena(CPU)
         scheme = Unquantized(self.product)
-        self.model = Decoder(config, backend=self.backend, scheme=scheme, device=CPU, dtype=dtype).eval()
+        self.model = Decoder(
+            config, backend=self.backend, schemes=one_scheme(scheme), device=CPU, dtype=dtype
+        ).eval()
         for parameter in self.model.parameters():
             parameter.normal_(0.0, 0.02)
 
@@ -146,8 +150,12 @@ class DecodeStep:
             context_lens=positions + 1,
             query_starts=torch.arange(rows + 1),
             positions=positions,
-            slot_mapping=tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE,
-            block_tables=tables,
+            groups=(
+                GroupInputs(
+                    slot_mapping=tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE,
+                    block_tables=tables,
+                ),
+            ),
         )
         return cache, inputs
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.attention.paged import PagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import DEMO_MODEL
@@ -94,8 +94,7 @@ def token_losses(model: Decoder, kv_dtype: torch.dtype, token_ids: Sequence[int]
             context_lens=torch.tensor([start + count]),
             query_starts=torch.tensor([0, count]),
             positions=positions,
-            slot_mapping=BLOCK_SIZE + positions,
-            block_tables=block_tables,
+            groups=(GroupInputs(slot_mapping=BLOCK_SIZE + positions, block_tables=block_tables),),
         )
         metadata = model.backend.plan(inputs, AttentionBucket(count, 1, 0))
         model.backend.begin_step(metadata)

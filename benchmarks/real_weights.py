@@ -30,6 +30,7 @@ from graphllm.attention.paged import PagedAttention
 from graphllm.models.checkpoint import open_checkpoint
 from graphllm.models.demo import DEMO_WHEEL_MODEL, WheelModel, WheelPart, demo_model_path
 from graphllm.models.weights import load_model
+from graphllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,21 +74,26 @@ class Comparison:
         return 100 * (self.perplexity / self.transformers_perplexity - 1)
 
 
-def windows_of(path: Path, num_windows: int) -> tuple[list[list[int]], torch.Tensor, float]:
-    """The windows' token ids, our losses, [num_windows * (WINDOW - 1)] float32, and seconds to load.
+def token_windows(tokenizer: Tokenizer, num_windows: int) -> list[list[int]]:
+    """The text's first tokens in windows of WINDOW.
 
     A model that begins every text with a token has it before each window, in place of its last token.
     """
+    beginning = tokenizer.encode("", add_special_tokens=True)
+    size = WINDOW - len(beginning)
+    token_ids = text_tokens(tokenizer, num_windows * size)
+    return [beginning + token_ids[first : first + size] for first in range(0, len(token_ids), size)]
+
+
+def windows_of(path: Path, num_windows: int) -> tuple[list[list[int]], torch.Tensor, float]:
+    """The windows' token ids, our losses, [num_windows * (WINDOW - 1)] float32, and seconds to load."""
     started = time.monotonic()
     checkpoint = open_checkpoint(path)
     backend = PagedAttention(block_size=BLOCK_SIZE)
     model = load_model(checkpoint, backend=backend, device=CPU, dtype=torch.float32)
     tokenizer = checkpoint.load_tokenizer()
     seconds = time.monotonic() - started
-    beginning = tokenizer.encode("", add_special_tokens=True)
-    size = WINDOW - len(beginning)
-    token_ids = text_tokens(tokenizer, num_windows * size)
-    windows = [beginning + token_ids[first : first + size] for first in range(0, len(token_ids), size)]
+    windows = token_windows(tokenizer, num_windows)
     losses = [token_losses(model, torch.float32, window) for window in windows]
     return windows, torch.cat(losses), seconds
 

@@ -28,9 +28,10 @@ class SlotInstall:
 
 @dataclass(frozen=True, slots=True)
 class BlockAppend:
-    """New entries of one slot's block table: `blocks` go to columns `start` onwards.
+    """New entries of one slot's block tables: `blocks` go to columns `start` onwards.
 
-    The first may take the place of an older entry, whose block was copied because others hold it too.
+    In each column there is one for each group of layers. Those of the first column may take the place of
+    older entries, whose blocks were copied because others hold them too.
     """
 
     slot: int

@@ -125,6 +125,8 @@ REASONING_PARSERS = (
     "step3",
     "think",
 )
+# The names of models/quantization.py, which lies on a higher floor; a test holds both together.
+QUANTIZATIONS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "int4", "int8", "mxfp4")
 _SMALLEST_CARD_BYTES = 1024**3
 
 
@@ -233,6 +235,13 @@ class EngineConfig:
         "Number format of weights and activations; auto is float32 on a CPU, and on CUDA the checkpoint's "
         "own where that is bfloat16 or float16, else bfloat16.",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str | None = option(
+        None,
+        "How weights are stored; by default as the checkpoint has them. fp8, int8 and int4 round the weights "
+        "of an unquantized checkpoint while it is loaded; the name of a published format only confirms what "
+        "the checkpoint has. gguf leaves a GGUF file's matrices packed, which are expanded otherwise.",
+        choices=QUANTIZATIONS,
     )
     max_model_len: int | None = option(
         None, "Longest sequence, prompt and output together; by default the model's own context."

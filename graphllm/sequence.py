@@ -32,10 +32,12 @@ class Sequence:
     ahead by `num_in_flight_tokens` sampled tokens; `num_computed_tokens` counts the positions whose
     KV is computed or will be by a launched step, so it is an upper bound too.
 
-    block_hashes: the chained hashes of its first full blocks, as far as anyone has asked.
-    num_published_blocks: full blocks that were offered to the prefix cache.
-    host_blocks: while it is swapped, for each block of its context the host block that holds it, or the
-        hash under which the prefix cache keeps it.
+    block_table: its blocks, column by column (a block's length of tokens), in each column one for each group
+        of layers; 0 where a group needs no block any more.
+    block_hashes: the chained hashes of its first full columns, as far as anyone has asked.
+    num_published_columns: full columns whose blocks were offered to the prefix cache.
+    host_blocks: while it is swapped, for each entry of its block table the host block that holds it, or the
+        key under which the prefix cache keeps it; None where it needs none.
     transfer_id: the copy between the tiers that it waits for.
     swapped_at_step: the newest step that may have had its rows when it was swapped.
     skips_host_lookup: a copy from the host tier has failed; it computes its prompt instead.
@@ -62,7 +64,7 @@ class Sequence:
         "num_in_flight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
-        "num_published_blocks",
+        "num_published_columns",
         "num_swaps",
         "num_unscored_tokens",
         "skips_host_lookup",
@@ -92,8 +94,8 @@ class Sequence:
         is_scored = group.prompt_logprobs is not None and index == 0
         self.num_unscored_tokens = self.num_prompt_tokens - 1 if is_scored else 0
         self.block_hashes: list[bytes] = []
-        self.num_published_blocks = 0
-        self.host_blocks: list[int | bytes] = []
+        self.num_published_columns = 0
+        self.host_blocks: list[int | bytes | None] = []
         self.transfer_id: int | None = None
         self.min_tokens_to_swap = 0
         self.swapped_at_step = 0
@@ -117,6 +119,11 @@ class Sequence:
     def max_num_tokens(self) -> int:
         """Upper bound of the sequence's length: confirmed tokens and those in flight."""
         return len(self.token_ids) + self.num_in_flight_tokens
+
+    @property
+    def num_settled_tokens(self) -> int:
+        """Positions that no later step computes again, whatever becomes of the tokens in flight."""
+        return min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def num_uncomputed_tokens(self) -> int:

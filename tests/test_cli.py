@@ -36,6 +36,7 @@ OTHER_VALUES = {
     "kv_offloading_size": ("1.5", 1.5),
     "load_format": ("dummy", "dummy"),
     "model_impl": ("transformers", "transformers"),
+    "quantization": ("int8", "int8"),
     "revision": ("refs/pr/1", "refs/pr/1"),
     "log_level": ("debug", "debug"),
     "max_body_bytes": ("10MB", 10_000_000),

@@ -49,10 +49,15 @@ def write_tiny_model(folder: Path, *, seed: int = 0, context: int = 256) -> Path
         }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(context)))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer's files alone, for a checkpoint of `VOCAB_SIZE` that comes from elsewhere."""
     _tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return folder
 
 
 def _config(context: int) -> dict[str, object]:

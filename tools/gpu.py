@@ -61,10 +61,12 @@ LIMITS: dict[str, dict[str, int]] = {
         "large_model": 36,
         "attention": 14,
         "swap": 12,
-        "serving": 60,
-        "startup": 34,
+        "fp8_linear": 18,
+        "packed_linear": 16,
+        "serving": 46,
+        "startup": 30,
     },
-    "peers": {"peers": 87},
+    "peers": {"peers": 71},
 }
 PARTS = tuple(LIMITS)
 COMPILE = "compile"

@@ -51,16 +51,16 @@ class Batch:
         lens = torch.tensor(contexts, dtype=torch.int64, device=tables.device)
         self.inputs.context_lens.copy_(lens)
         self.inputs.positions.copy_(lens - 1)
-        self.inputs.block_tables[: self.num_rows, : tables.shape[1]].copy_(tables)
+        self.inputs.groups[0].block_tables[: self.num_rows, : tables.shape[1]].copy_(tables)
         blocks = tables.gather(1, ((lens - 1) // BLOCK_SIZE).unsqueeze(1)).squeeze(1)
-        self.inputs.slot_mapping.copy_(blocks * BLOCK_SIZE + (lens - 1) % BLOCK_SIZE)
+        self.inputs.groups[0].slot_mapping.copy_(blocks * BLOCK_SIZE + (lens - 1) % BLOCK_SIZE)
 
 
 def empty_batch(num_rows: int, max_context: int, *, device: torch.device) -> Batch:
     """Rows in slots 0, 1, ..., one query token each."""
     import torch
 
-    from graphllm.attention.backend import AttentionInputs
+    from graphllm.attention.backend import AttentionInputs, GroupInputs
 
     def integers(*size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int64, device=device)
@@ -72,8 +72,14 @@ def empty_batch(num_rows: int, max_context: int, *, device: torch.device) -> Bat
         context_lens=integers(num_rows),
         query_starts=rows,
         positions=integers(num_rows),
-        slot_mapping=integers(num_rows),
-        block_tables=torch.zeros(num_rows, -(-max_context // BLOCK_SIZE), dtype=torch.int32, device=device),
+        groups=(
+            GroupInputs(
+                slot_mapping=integers(num_rows),
+                block_tables=torch.zeros(
+                    num_rows, -(-max_context // BLOCK_SIZE), dtype=torch.int32, device=device
+                ),
+            ),
+        ),
     )
     return Batch(inputs, num_rows)
 

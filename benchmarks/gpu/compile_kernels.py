@@ -26,6 +26,7 @@ from typing import IO, Any
 from benchmarks.gpu.command import empty_device_cache
 from benchmarks.gpu.engines import BATCHES, DECODE, LARGE_SHAPE, EngineLimits, engines_of
 from benchmarks.gpu.floors import SHAPES, shape_of
+from benchmarks.gpu.fp8_linear import SHAPES as PACKED_SHAPES
 from benchmarks.gpu.results import REPOSITORY, ResultLog, device_name
 
 AHEAD_VARIABLE = "GRAPHLLM_COMPILE_AHEAD"
@@ -33,6 +34,7 @@ AHEAD_VARIABLE = "GRAPHLLM_COMPILE_AHEAD"
 PDL_VARIABLE = "GRAPHLLM_PDL"
 SHARES = ("decode", "mixed", "sampler")
 LAYERS = "layers"
+PACKED = "packed"
 PART = "compile"
 _PDL_SHAPE = SHAPES[-1]  # the one whose decode steps are measured without dependent launch
 _POLL = 0.05  # seconds
@@ -40,7 +42,8 @@ _POLL = 0.05  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A process: a share of a model's engines, or its attention layers and swaps; by default as the card can.
+    """A process: a share of a model's engines, or its attention layers and swaps, or its products with packed
+    weights; by default as the card can.
 
     with_dependent_launch False: only the engine of decode steps is ever run so.
     """
@@ -62,7 +65,8 @@ def jobs() -> list[Job]:
     """All of a run, the longest first."""
     with_launch = [Job(shape, share) for share in SHARES for shape in SHAPES]
     without_launch = [Job(_PDL_SHAPE, share, with_dependent_launch=False) for share in SHARES]
-    return [*with_launch, Job(LARGE_SHAPE, LAYERS), *without_launch]
+    packed = [Job(shape, PACKED) for shape in PACKED_SHAPES]
+    return [*with_launch, *packed, Job(LARGE_SHAPE, LAYERS), *without_launch]
 
 
 def at_once() -> int:
@@ -188,6 +192,21 @@ def compile_layers() -> None:
     )
 
 
+def compile_packed(shape: str) -> None:
+    """In a process of its own: the products with packed weights that are measured."""
+    import torch
+
+    from benchmarks.gpu import packed_linear
+    from benchmarks.gpu.fp8_linear import layer_products
+
+    for form in packed_linear.FORMS:
+        device = torch.device("cuda")
+        layers = packed_linear.make_layers(layer_products(shape), form, device=device, copies=1)
+        for num_rows in packed_linear.ALL_ROWS:
+            for copies in layers:
+                packed_linear.largest_error(copies[0], num_rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """1 where there is no card (and then no line is written) and where a process failed."""
     parser = argparse.ArgumentParser(
@@ -217,7 +236,12 @@ def _child(job: Job) -> int:
     compiled = []
     watch = CompilationWatch(lambda kernel, seconds: compiled.append(kernel))
     watch.start()
-    compile_layers() if job.share == LAYERS else compile_share(job)
+    if job.share == LAYERS:
+        compile_layers()
+    elif job.share == PACKED:
+        compile_packed(job.shape)
+    else:
+        compile_share(job)
     print(json.dumps({"num_compiled": len(compiled)}), flush=True)
     return 0
 

@@ -112,7 +112,9 @@ class Rows:
                 f"rows-{index}", tokens, params=params, seed=index, max_total_tokens=loaded.plan.max_model_len
             )
             sequence = group.sequences[0]
-            num_blocks = min(-(-context // block_size) + 1, loaded.plan.max_blocks_per_sequence)
+            # In every group of layers, those with windows too: nothing is released here.
+            num_columns = min(-(-context // block_size) + 1, loaded.plan.max_blocks_per_sequence)
+            num_blocks = num_columns * loaded.scheduler.block_manager.layout.num_groups
             if num_blocks > len(blocks):
                 raise ValueError(
                     f"{len(contexts)} contexts of up to {max(contexts)} do not fit in the KV pool"

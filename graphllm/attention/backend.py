@@ -26,6 +26,7 @@ class LayerCache(Protocol):
 
     key_scale, value_scale: [num_blocks, block_size, num_kv_heads] float32 where key and value are stored
     in 8 bits, and what is stored times its scale is what is meant; None where they are stored as they are.
+    group: which of a step's `groups` say where the layer's tokens lie.
     """
 
     @property
@@ -40,11 +41,15 @@ class LayerCache(Protocol):
     @property
     def value_scale(self) -> torch.Tensor | None: ...
 
+    @property
+    def group(self) -> int: ...
+
 
 class LatentCache(Protocol):
     """The pool of a layer whose heads share one latent: [num_blocks, block_size, width].
 
-    scale: [num_blocks, block_size] float32 where latents are stored in 8 bits, else None.
+    scale: [num_blocks, block_size] float32 where latents are stored in 8 bits, else None. group: as in
+    `LayerCache`.
     """
 
     @property
@@ -52,6 +57,9 @@ class LatentCache(Protocol):
 
     @property
     def scale(self) -> torch.Tensor | None: ...
+
+    @property
+    def group(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +82,25 @@ class AttentionBucket:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupInputs:
+    """Where the tokens of one group of layers lie.
+
+    slot_mapping: [num_tokens] int64, block * block_size + offset of the step's tokens; -1 for padding tokens,
+    in every group. block_tables: [num_slots, max_blocks] int32, the whole device table, indexed by row_slots.
+    What it says of tokens behind the layers' window means nothing: those blocks may be anybody's.
+    """
+
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """Device tensors that describe one step's rows; decode rows (one token each) come first.
 
     row_slots, query_lens, context_lens: [num_rows] int64; a row's query is the last `query_lens` of
     its `context_lens` tokens. query_starts: [num_rows + 1] int64, the rows' first token in the batch.
-    positions, slot_mapping: [num_tokens] int64; slot_mapping = block * block_size + offset.
-    block_tables: [num_slots, max_blocks] int32, the whole device table, indexed by row_slots.
+    positions: [num_tokens] int64. groups: of layers, a layer's cache names its own.
 
     Padding rows come last: query_lens and context_lens are 0. Padding tokens come last: positions are 0
     and slot_mapping is -1, which stores nothing.
@@ -91,8 +111,7 @@ class AttentionInputs:
     context_lens: torch.Tensor
     query_starts: torch.Tensor
     positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
+    groups: tuple[GroupInputs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +165,9 @@ class AttentionBackend(Protocol):
     """Computes attention over a paged cache.
 
     `plan` runs on the host and sees addresses and sizes only. `begin_step` runs on the device once
-    a step, before the first layer, and builds what all layers share. `forward` runs on the device, when
-    the layer has written the step's keys and values into the cache.
+    a step, before the first layer, and builds what all layers share. `forward`, or for a layer whose cache
+    holds latents `forward_latent`, runs on the device, when the layer has written the step's tokens into the
+    cache.
     """
 
     capture_support: CaptureSupport
@@ -174,5 +194,21 @@ class AttentionBackend(Protocol):
         the softmax and has no value (gpt-oss). slopes: [num_heads] float32, ALiBi's; not with
         sinks. out: [num_tokens, num_heads, head_dim], contiguous; what padding tokens leave there is not
         defined.
+        """
+        ...
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        metadata: AttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend the step's queries, brought to the latent, into `out`.
+
+        query: [num_tokens, num_heads, rank + turned_dim], contiguous; out: [num_tokens, num_heads, rank],
+        contiguous, weighted sums of latents; what padding tokens leave there is not defined.
         """
         ...

@@ -1,7 +1,7 @@
 """Attention over our own paged KV cache, on the CPU.
 
 Owns the step's work list and the scratch memory behind it. The mathematics is in
-`kernels/paged_attention.py`.
+`kernels/paged_attention.py` and `kernels/paged_latent_attention.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from graphllm.attention.backend import (
     AttentionMetadata,
     AttentionSpec,
     CaptureSupport,
+    LatentAttentionSpec,
+    LatentCache,
     LayerCache,
 )
 from graphllm.attention.row_groups import RowGroup, group_rows
 from graphllm.kernels.gather_kv import gather_scratch_bytes
 from graphllm.kernels.paged_attention import gathered_attention, paged_attention_ref
+from graphllm.kernels.paged_latent_attention import gathered_latent_attention
 
 
 class PagedAttention:
@@ -35,12 +38,8 @@ class PagedAttention:
         return AttentionMetadata(inputs, bucket)
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
-        """Group the rows by length and find the cache slots that each group reads."""
-        metadata.work = group_rows(
-            metadata.inputs,
-            num_decode_rows=metadata.bucket.num_decode_rows,
-            block_size=self.block_size,
-        )
+        """Group the rows by length."""
+        metadata.work = group_rows(metadata.inputs, num_decode_rows=metadata.bucket.num_decode_rows)
 
     def forward(
         self,
@@ -67,11 +66,14 @@ class PagedAttention:
             )
             return
         groups: list[RowGroup] = metadata.work
+        inputs = metadata.inputs
         if len(groups) == 1:
-            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec))
+            out.copy_(self._attend(query, groups[0], layer_cache=layer_cache, spec=spec, inputs=inputs))
             return
         for group in groups:
-            out[group.tokens] = self._attend(query[group.tokens], group, layer_cache=layer_cache, spec=spec)
+            out[group.tokens] = self._attend(
+                query[group.tokens], group, layer_cache=layer_cache, spec=spec, inputs=inputs
+            )
 
     def _attend_by_reference(
         self,
@@ -91,7 +93,7 @@ class PagedAttention:
                 query,
                 layer_cache.key,
                 layer_cache.value,
-                block_tables=inputs.block_tables,
+                block_tables=inputs.groups[layer_cache.group].block_tables,
                 row_slots=inputs.row_slots,
                 query_lens=inputs.query_lens,
                 context_lens=inputs.context_lens,
@@ -107,25 +109,30 @@ class PagedAttention:
         )
 
     def _attend(
-        self, query: torch.Tensor, group: RowGroup, *, layer_cache: LayerCache, spec: AttentionSpec
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        *,
+        layer_cache: LayerCache,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
         if spec.is_causal:
             group = group.within(spec.sliding_window)
-            mask, is_causal = (
-                group.mask(spec.sliding_window, query.dtype),
-                group.is_causal(spec.sliding_window),
-            )
+            mask = group.mask(spec.sliding_window, query.dtype)
+            is_causal = group.is_causal(spec.sliding_window)
         else:
             mask, is_causal = group.band(spec.sliding_window, query.dtype), False
-        num_tokens, width = len(group.slots), spec.num_kv_heads * spec.head_dim
+        slots = group.slots(inputs, layer_cache.group, block_size=self.block_size)
+        num_tokens, width = len(slots), spec.num_kv_heads * spec.head_dim
         is_scaled = layer_cache.key_scale is not None
         scratch_dtype = query.dtype if is_scaled else layer_cache.key.dtype
         attended = gathered_attention(
             query.view(group.num_rows, group.query_len, spec.num_heads, spec.head_dim),
             layer_cache.key,
             layer_cache.value,
-            slots=group.slots,
+            slots=slots,
             mask=mask,
             is_causal=is_causal,
             scale=spec.scale,
@@ -144,6 +151,57 @@ class PagedAttention:
             else None,
         )
         return attended.flatten(0, 1)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        metadata: AttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """See `AttentionBackend.forward_latent`."""
+        assert layer_cache.latent.shape[1] == self.block_size, "the KV cache has another block size"
+        groups: list[RowGroup] = metadata.work
+        for group in groups:
+            of_group = query if len(groups) == 1 else query[group.tokens]
+            # Only rows in one run can be written where they belong.
+            is_run = isinstance(group.tokens, slice)
+            to = out[group.tokens] if is_run else out.new_empty(*of_group.shape[:2], spec.rank)
+            slots = group.slots(metadata.inputs, layer_cache.group, block_size=self.block_size)
+            self._attend_latent(of_group, group, slots=slots, layer_cache=layer_cache, spec=spec, out=to)
+            if not is_run:
+                out[group.tokens] = to
+
+    def _attend_latent(
+        self,
+        query: torch.Tensor,
+        group: RowGroup,
+        *,
+        slots: torch.Tensor,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        out: torch.Tensor,
+    ) -> None:
+        """One group's rows. query: [num_rows * query_len, num_heads, width]; out: as many of rank."""
+        num_slots, is_scaled = len(slots), layer_cache.scale is not None
+        scratch_dtype = query.dtype if is_scaled else layer_cache.latent.dtype
+        gather_scratch = None
+        if is_scaled:
+            num_bytes = gather_scratch_bytes(num_slots, 1, spec.width)
+            gather_scratch = self._take_scratch("stored", num_bytes, dtype=torch.uint8)
+        gathered_latent_attention(
+            query.view(group.num_rows, group.query_len, spec.num_heads, spec.width),
+            layer_cache.latent,
+            slots=slots,
+            mask=group.mask(None, query.dtype) if group.query_len == 1 else None,
+            scale=spec.scale,
+            scratch=self._take_scratch("keys", num_slots * spec.width, dtype=scratch_dtype),
+            cache_scale=layer_cache.scale,
+            gather_scratch=gather_scratch,
+            out=out.view(group.num_rows, group.query_len, spec.num_heads, spec.rank),
+        )
 
     def _take_scratch(self, name: str, num_elements: int, *, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized flat tensor, the same memory in every layer and step."""

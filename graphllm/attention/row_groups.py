@@ -21,27 +21,35 @@ _MAX_GROUP_TOKENS = 8192
 
 @dataclass(slots=True)
 class RowGroup:
-    """Rows with the same number of queries; shorter contexts are padded to `max_context`.
+    """Rows with the same number of queries; shorter contexts are padded to the longest one's length.
 
     tokens: where the queries lie in the batch, a slice or, for decode rows out of order, [num_rows] int64.
-    slots: [num_rows * max_context] int64; padding repeats a row's first token, so that no slot is read
-    that the row does not own. context_lens: [num_rows] int64.
+    row_slots, context_lens: [num_rows] int64. positions: [num_rows or 1, max_context] int64, the tokens that
+    are read; padding repeats a row's last token, so that no slot is read that the row does not own.
     """
 
     tokens: slice | torch.Tensor
-    num_rows: int
+    row_slots: torch.Tensor
     query_len: int
-    max_context: int
-    slots: torch.Tensor
+    positions: torch.Tensor
     context_lens: torch.Tensor
     is_padded: bool
+    _slots: dict[int, torch.Tensor] = field(default_factory=dict)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _within: dict[int, RowGroup] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_slots)
+
+    @property
+    def max_context(self) -> int:
+        return self.positions.shape[1]
 
     def within(self, sliding_window: int | None) -> RowGroup:
         """The same queries over those tokens alone that any of them sees through the window.
 
-        Positions are counted from each row's first such token, which moves queries and keys alike. Built by
+        `context_lens` count from each row's first such token, which moves queries and keys alike. Built by
         the first layer that asks, and kept for the others.
         """
         width = self.max_context if sliding_window is None else sliding_window + self.query_len - 1
@@ -52,14 +60,25 @@ class RowGroup:
             positions = first[:, None] + torch.arange(width)  # [num_rows, width] int64
             self._within[sliding_window] = RowGroup(
                 tokens=self.tokens,
-                num_rows=self.num_rows,
+                row_slots=self.row_slots,
                 query_len=self.query_len,
-                max_context=width,
-                slots=self.slots.view(self.num_rows, -1).gather(1, positions).view(-1),
+                positions=positions.minimum(self.context_lens[:, None] - 1),
                 context_lens=self.context_lens - first,
                 is_padded=int(self.context_lens.min()) < width,
             )
         return self._within[sliding_window]
+
+    def slots(self, inputs: AttentionInputs, group: int, *, block_size: int) -> torch.Tensor:
+        """Where a group of layers keeps the tokens, [num_rows * max_context] int64.
+
+        Built by the group's first layer that asks, and kept for the others.
+        """
+        if group not in self._slots:
+            tables = inputs.groups[group].block_tables[self.row_slots]  # [num_rows, max_blocks] int32
+            blocks = tables.gather(1, (self.positions // block_size).expand(self.num_rows, -1))
+            slots = blocks * block_size + self.positions % block_size  # [num_rows, max_context] int64
+            self._slots[group] = slots.view(-1)
+        return self._slots[group]
 
     def is_causal(self, sliding_window: int | None) -> bool:
         """Whether the plain causal triangle says it all: a prompt from its start."""
@@ -103,19 +122,17 @@ class RowGroup:
         return self._masks[sliding_window]
 
 
-def group_rows(inputs: AttentionInputs, *, num_decode_rows: int, block_size: int) -> list[RowGroup]:
+def group_rows(inputs: AttentionInputs, *, num_decode_rows: int) -> list[RowGroup]:
     """Group a step's rows: decode rows by length, each prefill row by itself. Reads the lengths."""
     groups = []
     for rows in rows_of_similar_length(inputs.context_lens[:num_decode_rows].tolist()):
         is_run = all(row == rows[0] + index for index, row in enumerate(rows))
         decode_tokens = slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows)
-        groups.append(_row_group(inputs, decode_tokens, decode_tokens, query_len=1, block_size=block_size))
+        groups.append(_row_group(inputs, decode_tokens, decode_tokens, query_len=1))
     start = num_decode_rows
     for row, query_len in enumerate(inputs.query_lens[num_decode_rows:].tolist(), num_decode_rows):
         tokens = slice(start, start + query_len)
-        groups.append(
-            _row_group(inputs, slice(row, row + 1), tokens, query_len=query_len, block_size=block_size)
-        )
+        groups.append(_row_group(inputs, slice(row, row + 1), tokens, query_len=query_len))
         start += query_len
     return groups
 
@@ -145,28 +162,19 @@ def rows_of_similar_length(context_lens: Sequence[int]) -> list[list[int]]:
 
 
 def _row_group(
-    inputs: AttentionInputs,
-    rows: slice | torch.Tensor,
-    tokens: slice | torch.Tensor,
-    *,
-    query_len: int,
-    block_size: int,
+    inputs: AttentionInputs, rows: slice | torch.Tensor, tokens: slice | torch.Tensor, *, query_len: int
 ) -> RowGroup:
     context_lens = inputs.context_lens[rows]  # [num_rows] int64
-    num_rows, max_context = len(context_lens), int(context_lens.max())
-    is_padded = num_rows > 1 and int(context_lens.min()) < max_context
-    positions = torch.arange(max_context)  # [max_context] int64
+    max_context = int(context_lens.max())
+    is_padded = len(context_lens) > 1 and int(context_lens.min()) < max_context
+    positions = torch.arange(max_context)[None]  # [1, max_context] int64
     if is_padded:
-        positions = positions.where(positions < context_lens[:, None], 0)  # [num_rows, max_context]
-    tables = inputs.block_tables[inputs.row_slots[rows]]  # [num_rows, max_blocks] int32
-    blocks = tables.gather(1, (positions // block_size).expand(num_rows, -1))
-    slots = blocks * block_size + positions % block_size  # [num_rows, max_context] int64
+        positions = positions.minimum(context_lens[:, None] - 1)  # [num_rows, max_context]
     return RowGroup(
         tokens=tokens,
-        num_rows=num_rows,
+        row_slots=inputs.row_slots[rows],
         query_len=query_len,
-        max_context=max_context,
-        slots=slots.view(-1),
+        positions=positions,
         context_lens=context_lens,
         is_padded=is_padded,
     )

@@ -1,8 +1,8 @@
 """Attention over our own paged KV cache, on a card.
 
 Owns the step's work lists, the scratch memory of split contexts and the order of the launches. The
-mathematics is in `kernels/paged_decode_attention.py` and `kernels/paged_prefill_attention.py`, the sharing
-out of work in `kernels/attention_work_list.py`.
+mathematics is in `kernels/paged_decode_attention.py` and `kernels/paged_prefill_attention.py`, that over
+latents in `kernels/paged_latent_*.py`, the sharing out of work in `kernels/attention_work_list.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from graphllm.attention.backend import (
     AttentionMetadata,
     AttentionSpec,
     CaptureSupport,
+    LatentAttentionSpec,
+    LatentCache,
     LayerCache,
 )
+from graphllm.kernels.attention_tiles import capability_of
 from graphllm.kernels.attention_work_list import (
     CUT_FIELDS,
     ENTRY_FIELDS,
@@ -37,6 +40,12 @@ from graphllm.kernels.paged_decode_attention import (
     num_decode_programs,
     paged_decode_attention,
 )
+from graphllm.kernels.paged_latent_decode import (
+    latent_decode_config,
+    num_latent_decode_programs,
+    paged_latent_decode,
+)
+from graphllm.kernels.paged_latent_prefill import latent_prefill_config, paged_latent_prefill
 from graphllm.kernels.paged_prefill_attention import (
     paged_prefill_attention,
     prefill_config,
@@ -101,9 +110,14 @@ class TritonPagedAttention:
     ) -> None:
         """See `AttentionBackend.forward`."""
         assert layer_cache.key.shape[1] == self.block_size, "the KV cache has another block size"
-        block_tables = metadata.inputs.block_tables
-        work = self._decode_work(metadata, spec)
-        partials = self._take_partials(len(work.entries), spec)
+        block_tables = metadata.inputs.groups[layer_cache.group].block_tables
+        work = self._decode_work(
+            metadata,
+            sliding_window=spec.sliding_window,
+            num_parts=spec.num_kv_heads,
+            num_programs=num_decode_programs(self._num_multiprocessors, spec.num_kv_heads),
+        )
+        partials = self._take_partials(len(work.entries), num_heads=spec.num_heads, head_dim=spec.head_dim)
         paged_decode_attention(
             query,
             layer_cache.key,
@@ -122,17 +136,14 @@ class TritonPagedAttention:
         combine_decode_partials(partials, work, sinks=sinks, out=out)
         if metadata.bucket.is_decode:
             return
+        config = prefill_config(spec.head_dim, query.element_size(), layer_cache.key.element_size())
+        query_tile = queries_per_item(spec.num_heads, spec.num_kv_heads, config)
         paged_prefill_attention(
             query,
             layer_cache.key,
             layer_cache.value,
             block_tables=block_tables,
-            work=self._prefill_work(
-                metadata,
-                spec,
-                query_itemsize=query.element_size(),
-                cache_itemsize=layer_cache.key.element_size(),
-            ),
+            work=self._prefill_work(metadata, query_tile),
             scale=spec.scale,
             num_multiprocessors=self._num_multiprocessors,
             sliding_window=spec.sliding_window,
@@ -145,21 +156,80 @@ class TritonPagedAttention:
             out=out,
         )
 
-    def _decode_work(self, metadata: AttentionMetadata, spec: AttentionSpec) -> DecodeWorkList:
-        """The step's list for the spec's window, built where this layer is the first to need it."""
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        *,
+        layer_cache: LatentCache,
+        spec: LatentAttentionSpec,
+        metadata: AttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """See `AttentionBackend.forward_latent`."""
+        cache = layer_cache.latent
+        assert cache.shape[1] == self.block_size, "the KV cache has another block size"
+        itemsizes = (query.element_size(), cache.element_size())
+        decode = latent_decode_config(spec.num_heads, *itemsizes, capability=capability_of(query.device))
+        work = self._decode_work(
+            metadata,
+            sliding_window=None,
+            num_parts=-(-spec.num_heads // decode.heads_per_tile),
+            num_programs=num_latent_decode_programs(self._num_multiprocessors, spec.num_heads, decode),
+        )
+        partials = self._take_partials(len(work.entries), num_heads=spec.num_heads, head_dim=spec.rank)
+        block_tables = metadata.inputs.groups[layer_cache.group].block_tables
+        paged_latent_decode(
+            query,
+            cache,
+            block_tables=block_tables,
+            work=work,
+            partials=partials,
+            scale=spec.scale,
+            cache_scale=layer_cache.scale,
+            out=out,
+        )
+        combine_decode_partials(partials, work, out=out)
+        if metadata.bucket.is_decode:
+            return
+        query_tile = latent_prefill_config(*itemsizes).queries_per_item(spec.num_heads)
+        paged_latent_prefill(
+            query,
+            cache,
+            block_tables=block_tables,
+            work=self._prefill_work(metadata, query_tile),
+            scale=spec.scale,
+            num_multiprocessors=self._num_multiprocessors,
+            cache_scale=layer_cache.scale,
+            out=out,
+        )
+
+    def _decode_work(
+        self,
+        metadata: AttentionMetadata,
+        *,
+        sliding_window: int | None,
+        num_parts: int,
+        num_programs: int,
+    ) -> DecodeWorkList:
+        """The step's list for the window, built where this layer is the first to need it.
+
+        num_parts: into how many the heads are divided, each with programs of its own. num_programs: of a
+        part, as the card holds; there are no more than the bucket can ever have granules.
+        """
         work: _StepWork = metadata.work
-        key = (spec.sliding_window, spec.num_kv_heads)
+        key = (sliding_window, num_parts)
         if key not in work.decode:
             inputs, num_rows = metadata.inputs, metadata.bucket.num_rows
-            num_programs = self._num_decode_programs(num_rows, spec)
+            longest = min(self._max_model_len, sliding_window or self._max_model_len)
+            num_programs = min(num_programs, num_rows * -(-longest // GRANULE))
             num_cuts = min(num_rows, num_programs - 1)
-            name = f"attention.window_{spec.sliding_window}.kv_heads_{spec.num_kv_heads}"
+            name = f"attention.window_{sliding_window}.kv_heads_{num_parts}"
             work.decode[key] = decode_work_list(
                 inputs.query_lens,
                 inputs.context_lens,
                 query_starts=inputs.query_starts,
                 row_slots=inputs.row_slots,
-                sliding_window=spec.sliding_window,
+                sliding_window=sliding_window,
                 max_num_rows=self._max_num_rows,
                 out=DecodeWorkList(
                     entries=self._arena.take(
@@ -171,19 +241,9 @@ class TritonPagedAttention:
             )
         return work.decode[key]
 
-    def _num_decode_programs(self, num_rows: int, spec: AttentionSpec) -> int:
-        """As many as the card holds, but no more than the bucket can ever have granules."""
-        longest = min(self._max_model_len, spec.sliding_window or self._max_model_len)
-        most_granules = num_rows * -(-longest // GRANULE)
-        return min(num_decode_programs(self._num_multiprocessors, spec.num_kv_heads), most_granules)
-
-    def _prefill_work(
-        self, metadata: AttentionMetadata, spec: AttentionSpec, *, query_itemsize: int, cache_itemsize: int
-    ) -> PrefillWorkList:
-        """The step's list for the spec's query tile, built where this layer is the first to need it."""
+    def _prefill_work(self, metadata: AttentionMetadata, query_tile: int) -> PrefillWorkList:
+        """The step's list for the query tile, built where this layer is the first to need it."""
         work: _StepWork = metadata.work
-        config = prefill_config(spec.head_dim, query_itemsize, cache_itemsize)
-        query_tile = queries_per_item(spec.num_heads, spec.num_kv_heads, config)
         if query_tile not in work.prefill:
             inputs, bucket = metadata.inputs, metadata.bucket
             max_items = max_prefill_items(bucket.num_tokens, bucket.num_rows, query_tile)
@@ -202,13 +262,11 @@ class TritonPagedAttention:
             )
         return work.prefill[query_tile]
 
-    def _take_partials(self, num_entries: int, spec: AttentionSpec) -> DecodePartials:
+    def _take_partials(self, num_entries: int, *, num_heads: int, head_dim: int) -> DecodePartials:
         """Scratch that all layers share: a layer's combination is done before the next layer begins."""
-        size = (num_entries, spec.num_heads)
+        size = (num_entries, num_heads)
         return DecodePartials(
-            accumulators=self._arena.take(
-                "attention.accumulators", *size, spec.head_dim, dtype=torch.float32
-            ),
+            accumulators=self._arena.take("attention.accumulators", *size, head_dim, dtype=torch.float32),
             statistics=self._arena.take("attention.statistics", *size, 2, dtype=torch.float32),
         )
 

@@ -1,18 +1,20 @@
 """The tensors behind the KV blocks.
 
-Owns the pools, a few tensors for each layer (because one large tensor mutated under compilation is far
-slower): keys and values of heads, or latents, which are both; their number format, and copies of whole blocks
-within them. Does not know who owns a block; copies to and from host memory are `swap.py`'s.
+Owns the pools, a few tensors for each layer of a group (because one large tensor mutated under compilation is
+far slower): keys and values of heads, or latents, which are both; their number format, and copies of whole
+blocks within them. Does not know who owns a block; copies to and from host memory are `swap.py`'s.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from graphllm.cache.block_layout import BlockLayout
+from graphllm.cache.kv_groups import KVGroups, one_group
 from graphllm.errors import ConfigError
 from graphllm.kernels.block_copy import CopyKind, block_copy, find_pools
 
@@ -56,11 +58,11 @@ def resolve_kv_dtype(
 
 @dataclass(frozen=True, slots=True)
 class KVCacheShape:
-    """What a block of one layer holds; `dtype` is that of the stored numbers.
+    """What a block of one layer holds, and which layers a block has; `dtype` is that of the stored numbers.
 
     A token of a layer is num_kv_heads keys of head_dim dimensions, and as many values. Where is_latent it is
     one vector of head_dim dimensions that all heads share and read both from (multi-head latent attention,
-    arXiv:2405.04434); num_kv_heads is then 1.
+    arXiv:2405.04434); num_kv_heads is then 1. kv_groups: None for one group of all layers.
     """
 
     num_layers: int
@@ -69,6 +71,7 @@ class KVCacheShape:
     block_size: int
     dtype: torch.dtype
     is_latent: bool = False
+    kv_groups: KVGroups | None = None
 
     def __post_init__(self) -> None:
         assert not self.is_latent or self.num_kv_heads == 1, "all heads share a latent"
@@ -84,38 +87,62 @@ class KVCacheShape:
         return 1 if self.is_latent else 2
 
     @property
+    def groups(self) -> KVGroups:
+        return self.kv_groups or one_group(self.num_layers)
+
+    @property
+    def layout(self) -> BlockLayout:
+        """How a sequence's context lies in blocks."""
+        return BlockLayout(self.block_size, self.groups.windows)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of KV a token takes over all layers, scales included."""
-        bytes_per_head = self.head_dim * self.dtype.itemsize
-        if self.has_scales:
-            bytes_per_head += torch.float32.itemsize
-        return self.tensors_per_layer * self.num_layers * self.num_kv_heads * bytes_per_head
+        """Bytes of KV a token takes over all layers, scales included, while all of them see it."""
+        return self.num_layers * self._bytes_per_layer
 
     @property
     def bytes_per_block(self) -> int:
-        return self.block_size * self.bytes_per_token
+        """Of one group's part of a column of tokens."""
+        return self.block_size * self.groups.size * self._bytes_per_layer
+
+    @property
+    def _bytes_per_layer(self) -> int:
+        """Of a token."""
+        bytes_per_head = self.head_dim * self.dtype.itemsize
+        if self.has_scales:
+            bytes_per_head += torch.float32.itemsize
+        return self.tensors_per_layer * self.num_kv_heads * bytes_per_head
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """key, value: [num_blocks, block_size, num_kv_heads, head_dim]. The scales belong to 8-bit formats."""
+    """key, value: [num_blocks, block_size, num_kv_heads, head_dim]. The scales belong to 8-bit formats.
+
+    group: of layers, whose block tables say which blocks are this layer's; it shares the tensors with layers
+    of other groups.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
+    group: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLatents:
-    """latent: [num_blocks, block_size, width]; scale: [num_blocks, block_size] float32, of 8-bit formats."""
+    """latent: [num_blocks, block_size, width]; scale: [num_blocks, block_size] float32, of 8-bit formats.
+
+    group: as in `LayerKV`.
+    """
 
     latent: torch.Tensor
     scale: torch.Tensor | None = None
+    group: int = field(default=0, kw_only=True)
 
 
 class KVCache:
-    """The pools of all layers. Block 0 stays zero."""
+    """The pools of all layers. layers: by their numbers. Block 0 stays zero."""
 
     __slots__ = ("layers", "num_blocks", "pools", "shape")
 
@@ -132,11 +159,11 @@ class KVCache:
                 return stored
             return stored + [_zeros(size[:-1], dtype=torch.float32, device=device) for _ in stored]
 
-        tensors_of_layers = [tensors() for _ in range(shape.num_layers)]
+        places = [tensors() for _ in range(shape.groups.size)]
         layer_type: type[LayerKV | LayerLatents] = LayerLatents if shape.is_latent else LayerKV
-        self.layers = [layer_type(*tensors_of_layer) for tensors_of_layer in tensors_of_layers]
+        self.layers = [layer_type(*places[place], group=group) for group, place in shape.groups.places()]
         self.pools = find_pools(
-            [pool for tensors_of_layer in tensors_of_layers for pool in tensors_of_layer],
+            [pool for place in places for pool in place],
             tensors_per_layer=shape.tensors_per_layer,
             has_scales=shape.has_scales,
         )

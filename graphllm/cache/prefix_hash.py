@@ -5,6 +5,8 @@ Owns the hash and its seed, nothing else: which block has which content is the b
 h_i = SHA-256(h_{i-1} || tokens of block i as uint32), and h_{-1} is a SHA-256 over a secret of this
 process, what else changes KV (model, dtype, adapter), and the request's salt. Equal hashes mean equal
 prefixes, and nobody outside can find a collision or guess which salt a prompt was cached under.
+
+Each group of layers keeps a prefix's last tokens in a block of its own; `content_key` tells these apart.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ import os
 from array import array
 
 _TOKEN_TYPE = "I"
+
+
+def content_key(content_hash: bytes, group: int) -> bytes:
+    """What the block of one group is called whose column of tokens has this hash."""
+    return content_hash + bytes((group,)) if group else content_hash
 
 
 class PrefixHasher:

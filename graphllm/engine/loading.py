@@ -26,9 +26,10 @@ from graphllm.errors import CheckpointError, ConfigError
 from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
 from graphllm.models.pooling import PoolingConfig, load_pooler, read_pooling
+from graphllm.models.quantization import read_quantization, refuse_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.served import ServedModel
-from graphllm.models.transformers_fallback import find_fallback
+from graphllm.models.transformers_fallback import FallbackDecoder, find_fallback
 from graphllm.models.weights import load_model
 from graphllm.runner.assembly import assemble_step, choose_backend, measure_largest_step
 from graphllm.runner.compilation import AheadCompilation
@@ -67,6 +68,8 @@ class LoadedModel:
     pooling: PoolingConfig
     is_causal: bool
     vocab_size: int
+    quantization: str
+    """How weights are stored; "" for plain numbers."""
 
 
 def load(config: EngineConfig, device: Device, *, show_progress: bool) -> LoadedModel:
@@ -77,23 +80,27 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     fallback = find_fallback(
         checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
     )
-    family = None
+    torch_device = device.torch_device
+    quantization, family = "", None
     if fallback is None:
         family = find_family(checkpoint)
         model_config = read_model_config(checkpoint, family)
+        stored = read_quantization(checkpoint, asked=config.quantization)
+        stored.check_device(device_type=torch_device.type, capability=device_capability(torch_device))
+        quantization = stored.description
     else:
+        refuse_quantization(checkpoint, asked=config.quantization)
         model_config = fallback.config
     pooling = with_sizes(read_pooling(checkpoint, family, model_config), config.matryoshka_dimensions)
-    torch_device = device.torch_device
     model_config, config = limits_of_purpose(config, model_config, pooling, device_type=torch_device.type)
-    # A module of transformers allocates in its steps, which a capture must not.
-    captures = not config.enforce_eager and fallback is None
+    captures = not config.enforce_eager
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
         config, model_context=model_config.max_position_embeddings, device_type=torch_device.type
     )
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
+        max_model_len=limits.max_model_len,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=device_capability(torch_device)),
     )
     arena = Arena(torch_device)
@@ -115,9 +122,12 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
                     dtype=dtype,
                     progress=advance,
                     max_model_len=limits.max_model_len,
+                    quantization=config.quantization,
                 )
             else:
-                model = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
+                module = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
+                captures = captures and device.graphs is not None and _may_be_captured(module)
+                model = module
             pooler = load_pooler(checkpoint, pooling, tokenizer=tokenizer, device=torch_device)
         if ahead is not None:
             ahead.wait()
@@ -159,9 +169,10 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     )
     rates = MeasuredRates(kv_shape.bytes_per_block)
     logger.info(
-        "%s: %s, context %d, %d KV blocks of %d tokens (%s, %.2f GiB), %d more on the host",
+        "%s: %s%s, context %d, %d KV blocks of %d tokens (%s, %.2f GiB), %d more on the host",
         config.model,
         str(dtype).removeprefix("torch."),
+        f", weights in {quantization}" if quantization else "",
         plan.max_model_len,
         plan.num_blocks - 1,
         plan.block_size,
@@ -173,7 +184,13 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         tokenizer=tokenizer,
         plan=plan,
         scheduler=_build_scheduler(
-            config, plan, host=host, rates=rates, kv_dtype=kv_shape.dtype, eos_token_ids=eos_token_ids
+            config,
+            plan,
+            host=host,
+            rates=rates,
+            windows=kv_shape.groups.windows,
+            kv_fingerprint=f"{kv_shape.dtype} {quantization}",
+            eos_token_ids=eos_token_ids,
         ),
         runner=runner,
         swapper=_build_swapper(kv_cache, host, device=device),
@@ -187,7 +204,18 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         pooling=pooling,
         is_causal=model_config.is_causal,
         vocab_size=model_config.vocab_size,
+        quantization=quantization,
     )
+
+
+def _may_be_captured(module: FallbackDecoder) -> bool:
+    """Whether decode steps of a module of transformers get graphs; says so in the log."""
+    obstacle = module.find_capture_obstacle()
+    if obstacle is None:
+        logger.info("decode steps of transformers' module are captured in CUDA graphs")
+    else:
+        logger.warning("transformers' module runs without CUDA graphs: %s", obstacle)
+    return obstacle is None
 
 
 def _build_scheduler(
@@ -196,7 +224,8 @@ def _build_scheduler(
     *,
     host: HostPlan,
     rates: MeasuredRates,
-    kv_dtype: torch.dtype,
+    windows: tuple[int | None, ...],
+    kv_fingerprint: str,
     eos_token_ids: frozenset[int],
 ) -> Scheduler:
     return Scheduler(
@@ -206,12 +235,12 @@ def _build_scheduler(
             enable_prefix_caching=config.enable_prefix_caching,
             max_pinned_blocks=plan_pinned_blocks(config, plan),
         ),
-        BlockManager(plan.num_blocks, plan.block_size),
+        BlockManager(plan.num_blocks, plan.block_size, windows=windows),
         slots=SlotAllocator(plan.num_slots),
         eos_token_ids=eos_token_ids,
         host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),
         # One process has one model in one format; what else changes KV goes here.
-        kv_fingerprint=str(kv_dtype).encode(),
+        kv_fingerprint=kv_fingerprint.encode(),
         predictor=rates,
     )
 

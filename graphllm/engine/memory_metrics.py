@@ -45,6 +45,11 @@ class MemoryCollector(Collector):
             "Cached KV blocks whose content was dropped from the device.",
             self._scheduler.block_manager.num_evicted_blocks,
         )
+        yield (
+            "window_released_blocks",
+            "KV blocks that a running sequence gave back because no window of theirs shows them any more.",
+            self._scheduler.block_manager.num_passed_blocks,
+        )
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         scheduler = self._scheduler

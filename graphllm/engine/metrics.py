@@ -28,6 +28,12 @@ class EngineMetrics:
         def latency(name: str, text: str) -> Histogram:
             return Histogram(f"graphllm_{name}", text, buckets=_LATENCY_BUCKETS, registry=registry)
 
+        self.model_info = Gauge(
+            "graphllm_model_info",
+            "Always 1; quantization is how weights are stored.",
+            ["quantization"],
+            registry=registry,
+        )
         self.requests = counter("requests", "Requests admitted.")
         self.sequences_finished = Counter(
             "graphllm_sequences_finished",

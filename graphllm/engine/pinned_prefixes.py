@@ -57,9 +57,9 @@ class PinnedPrefixes:
         Raises InvalidRequestError for a prefix that cannot be kept, and whatever its request fails with.
         """
         block_size = self._scheduler.block_manager.block_size
-        num_blocks = len(token_ids) // block_size
-        self._check(num_blocks, num_tokens=len(token_ids))
-        token_ids = token_ids[: num_blocks * block_size]
+        num_tokens = len(token_ids) // block_size * block_size
+        self._check(num_tokens, num_given=len(token_ids))
+        token_ids = token_ids[:num_tokens]
         self._num_made += 1
         name = f"prefix-{self._num_made}"
         sink = _PinningSink(lambda: self._keep(name, token_ids, cache_salt))
@@ -71,16 +71,20 @@ class PinnedPrefixes:
         self._scheduler.unpin(self._pin_ids.pop(prefix_id))
         del self._pinned[prefix_id]
 
-    def _check(self, num_blocks: int, *, num_tokens: int) -> None:
-        limits = self._scheduler.limits
-        if not limits.enable_prefix_caching:
+    def _num_blocks(self, num_tokens: int) -> int:
+        """What a pinned prefix holds: of windowed layers, what the token behind it sees."""
+        return self._scheduler.block_manager.layout.num_needed(num_tokens, num_settled=num_tokens)
+
+    def _check(self, num_tokens: int, *, num_given: int) -> None:
+        if not self._scheduler.limits.enable_prefix_caching:
             raise InvalidRequestError("Prefixes are cached with --enable-prefix-caching only.")
-        if num_blocks == 0:
+        if num_tokens == 0:
             raise InvalidRequestError(
-                f"The prefix has {num_tokens} tokens, but needs at least one whole block of "
+                f"The prefix has {num_given} tokens, but needs at least one whole block of "
                 f"{self._scheduler.block_manager.block_size}.",
                 param="prompt",
             )
+        num_blocks = self._num_blocks(num_tokens)
         # What is pinned already may be this prefix's own beginning: that is found out when it is computed.
         self._check_quota(num_blocks, num_pinned=self._scheduler.num_pinned_blocks, num_own=num_blocks)
 
@@ -90,8 +94,8 @@ class PinnedPrefixes:
         if max(0, num_pinned - num_own) + num_blocks > quota:
             size = self._scheduler.block_manager.block_size
             raise InvalidRequestError(
-                f"The prefix needs {num_blocks * size} tokens of KV cache; pinned prefixes may take "
-                f"{quota * size} (--max-pinned-share), of which {num_pinned * size} are taken.",
+                f"The prefix needs {num_blocks} KV blocks of {size} tokens; pinned prefixes may take {quota} "
+                f"(--max-pinned-share), of which {num_pinned} are taken.",
                 param="prompt",
             )
 
@@ -100,8 +104,7 @@ class PinnedPrefixes:
         pin = self._scheduler.pin(token_ids, cache_salt)
         if pin.num_tokens < len(token_ids):
             self._scheduler.unpin(pin.pin_id)
-            num_blocks = len(token_ids) // self._scheduler.block_manager.block_size
-            self._check_quota(num_blocks, num_pinned=num_pinned)
+            self._check_quota(self._num_blocks(len(token_ids)), num_pinned=num_pinned)
             raise GraphLLMError("The prefix was evicted before it was pinned: the KV cache is too full.")
         self._pin_ids[name] = pin.pin_id
         pinned = self._pinned[name] = PinnedPrefix(name, pin.num_tokens, len(pin.blocks))

@@ -20,7 +20,9 @@ from graphllm.errors import ConfigError
 from graphllm.models.checkpoint import resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.fallback_choice import refuse_without_weights
 from graphllm.models.pooling import read_pooling
+from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.runner.memory_estimate import (
     WeightBytes,
@@ -50,13 +52,17 @@ _MOST_SUGGESTED_SEQS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityPlan:
-    """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card."""
+    """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card.
+
+    quantization: how weights are stored, "" for plain numbers.
+    """
 
     model: str
     gpu: str
     config: EngineConfig
     model_config: ModelConfig
     dtype: torch.dtype
+    quantization: str
     weights: WeightBytes
     kv_shape: KVCacheShape
     limits: StepLimits
@@ -78,8 +84,10 @@ class CapacityPlan:
     @property
     def longest_context(self) -> int:
         """The longest sequence that model and memory allow, in tokens."""
-        return min(
-            self.model_config.max_position_embeddings, self.num_usable_blocks * self.kv_shape.block_size
+        return self.kv_shape.layout.longest_fitting(
+            self.num_usable_blocks,
+            max_step_tokens=self.limits.max_num_batched_tokens,
+            at_most=self.model_config.max_position_embeddings,
         )
 
     def concurrency(self) -> dict[int, int]:
@@ -89,7 +97,14 @@ class CapacityPlan:
         return {length: self.num_sequences(length) for length in sorted(lengths | {longest})}
 
     def num_sequences(self, length: int) -> int:
-        return self.num_usable_blocks // -(-length // self.kv_shape.block_size)
+        """How many sequences of a length fit at once, one step's worth of prompt among them.
+
+        What a step adds to windows it adds to one sequence at a time, or to several together.
+        """
+        layout = self.kv_shape.layout
+        settled = layout.num_needed(length, num_settled=length - 1)
+        most = layout.num_at_most(length, max_step_tokens=self.limits.max_num_batched_tokens)
+        return max(0, self.num_usable_blocks - (most - settled)) // settled
 
     def suggested_flags(self) -> dict[str, int]:
         """Flags whose values should be others on this card."""
@@ -116,17 +131,23 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         raise ConfigError("--device cpu: a plan is of a CUDA device's memory.")
     assert plan_config.gpu is not None
     checkpoint = DummyCheckpoint(resolve_model(config, with_weights=False))
+    refuse_without_weights(
+        checkpoint, model_impl=config.model_impl, what="`graphllm plan` knows the memory of"
+    )
     family = find_family(checkpoint)
     model_config = read_model_config(checkpoint, family)
     pooling = read_pooling(checkpoint, family, model_config)
     model_config, config = limits_of_purpose(config, model_config, pooling, device_type="cuda")
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
+    limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype, capability=card_capability(plan_config.gpu)),
+        max_model_len=limits.max_model_len,
     )
-    limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
-    weights = weight_bytes(model_config, dtype)
+    quantization = read_quantization(checkpoint, asked=config.quantization)
+    quantization.check_device(device_type="cuda", capability=card_capability(plan_config.gpu))
+    weights = weight_bytes(model_config, dtype, quantization=quantization)
     total_bytes = parse_card(plan_config.gpu)
     free_bytes_at_start = total_bytes - ASSUMED_CONTEXT_BYTES
     memory = DeviceMemory(
@@ -150,6 +171,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         config=config,
         model_config=model_config,
         dtype=dtype,
+        quantization=quantization.description,
         weights=weights,
         kv_shape=kv_shape,
         limits=limits,
@@ -166,6 +188,7 @@ def as_json(capacity: CapacityPlan) -> dict[str, Any]:
         "model": capacity.model,
         "gpu": capacity.gpu,
         "dtype": _name(capacity.dtype),
+        "quantization": capacity.quantization or None,
         "fits": capacity.plan is not None,
         "reason": capacity.refusal,
         "total_bytes": memory.total_bytes,
@@ -178,6 +201,12 @@ def as_json(capacity: CapacityPlan) -> dict[str, Any]:
         "kv_cache_bytes": max(0, capacity.kv_bytes),
         "kv_dtype": _name(capacity.kv_shape.dtype),
         "kv_bytes_per_token": capacity.kv_shape.bytes_per_token,
+        "kv_groups": [
+            {"layers": len(layers), "sliding_window": window}
+            for window, layers in zip(
+                capacity.kv_shape.groups.windows, capacity.kv_shape.groups.layers, strict=True
+            )
+        ],
         "block_size": capacity.kv_shape.block_size,
         "num_usable_blocks": 0 if capacity.plan is None else capacity.plan.num_blocks - 1,
         "max_model_len": limits.max_model_len,
@@ -216,10 +245,13 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
     kv_shape = capacity.kv_shape
     may_use = int(memory.total_bytes * capacity.config.gpu_memory_utilization)
     per_token = f"{kv_shape.bytes_per_token / 1024:,.1f} KiB a token in {_name(kv_shape.dtype)}"
+    if kv_shape.layout.windowed:
+        share = len(kv_shape.layout.full_groups) * kv_shape.bytes_per_block / kv_shape.block_size
+        per_token += f", {share / 1024:,.1f} KiB beyond windows"
     rows = [
         ("may be in use", may_use, f"--gpu-memory-utilization {capacity.config.gpu_memory_utilization:g}"),
         ("CUDA context", memory.other_bytes, "assumed; other processes' part comes on top"),
-        ("weights", weights.total, ""),
+        ("weights", weights.total, capacity.quantization),
         ("  embedding", weights.embedding, ""),
         ("  attention", weights.attention, ""),
         ("  feed-forward", weights.feed_forward, ""),
@@ -233,10 +265,13 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
     lines = [f"{name:<16} {num_bytes / GIB:>9.2f} GiB  {note}".rstrip() for name, num_bytes, note in rows]
     if capacity.plan is not None:
         num_blocks = capacity.plan.num_blocks - 1
-        tokens = num_blocks * kv_shape.block_size
-        lines.append(
-            f"{'':<16} {num_blocks:>9,} blocks of {kv_shape.block_size} tokens, {tokens:,} tokens in all"
-        )
+        blocks = f"{num_blocks:>9,} blocks of {kv_shape.block_size} tokens"
+        groups = kv_shape.groups
+        if kv_shape.layout.windowed:
+            blocks += f" and {groups.size} layers, in {groups.num_groups} groups of layers"
+        else:
+            blocks += f", {num_blocks * kv_shape.block_size:,} tokens in all"
+        lines.append(f"{'':<16} {blocks}")
     return lines
 
 

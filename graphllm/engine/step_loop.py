@@ -86,6 +86,7 @@ class StepLoop:
         self._num_misses_seen = 0
         self._stopping = False
         metrics.include(MemoryCollector(model.scheduler, model.swapper))
+        metrics.model_info.labels(quantization=model.quantization or "none").set(1)
         metrics.blocks_total.set(model.scheduler.block_manager.num_usable_blocks)
 
     @property

@@ -117,6 +117,8 @@ class PackedWeight:
 
     codes: [out_features, num_code_bytes]; scales and zeros: [out_features, num_groups]; order: [num_orders,
     in_features] int32, the input feature of each column; codebook: [16] float32. All contiguous.
+    library_codes, library_scales: the same once more as torch's CPU product wants it, where it was prepared
+    (`packed_cpu.py`); never of a part of the rows.
     """
 
     format: PackedFormat
@@ -126,6 +128,8 @@ class PackedWeight:
     zeros: Tensor | None = None
     order: Tensor | None = None
     codebook: Tensor | None = None
+    library_codes: Tensor | None = None
+    library_scales: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -151,6 +155,8 @@ class PackedWeight:
             scales=self.scales[first:end],
             zeros=None if self.zeros is None else self.zeros[first:end],
             order=order,
+            library_codes=None,
+            library_scales=None,
         )
 
 

@@ -11,8 +11,8 @@ queries. For query j (at position p = L - n + j), head h, and its key/value head
     y_{j,h}    = sum_i weight_i * v_{i,g}
 
 Token i of the row lies in slot block_table[i // block_size] * block_size + i % block_size. Only slots of
-the row's own L tokens are read: what unused slots hold (NaN included) never matters. Where the cache keeps
-8 bits, k_{i,g} = key_cache * key_scale[slot, g], and v likewise. Soft capping is Gemma 2's
+tokens that some query of the row sees are read: what others hold (NaN included) never matters. Where the
+cache keeps 8 bits, k_{i,g} = key_cache * key_scale[slot, g], and v likewise. Soft capping is Gemma 2's
 (arXiv:2408.00118); sinks are learned logits without a value (arXiv:2309.17453, as gpt-oss has them). Slopes
 are ALiBi's (arXiv:2108.12409), whose penalty slope_h * (p - i) differs by what all of a query's scores share,
 which changes nothing without a sink; with one there is no ALiBi.
@@ -64,7 +64,8 @@ def paged_attention_ref(
     for row_slot, query_len, context_len in zip(
         row_slots.tolist(), query_lens.tolist(), context_lens.tolist(), strict=True
     ):
-        positions = torch.arange(context_len, device=query.device)
+        first = 0 if sliding_window is None else max(0, context_len - query_len + 1 - sliding_window)
+        positions = torch.arange(first, context_len, device=query.device)
         slots = block_tables[row_slot][positions // block_size].long(), positions % block_size
         keys = _meant(key_cache[slots], key_scale, slots)
         values = _meant(value_cache[slots], value_scale, slots)
@@ -74,9 +75,9 @@ def paged_attention_ref(
             scores = softcap * torch.tanh(scores / softcap)
         if slopes is not None:
             scores = scores + slopes.float().view(num_kv_heads, -1, 1, 1) * positions
-        query_positions = positions[context_len - query_len :, None]
         assert is_causal or query_len == context_len, "without causality rows are whole prompts"
-        visible = positions <= query_positions  # [query_len, context_len] bool
+        query_positions = torch.arange(context_len - query_len, context_len, device=query.device)[:, None]
+        visible = positions <= query_positions  # [query_len, num_keys] bool
         if not is_causal:
             visible = torch.ones_like(visible)
             if sliding_window is not None:
@@ -87,7 +88,7 @@ def paged_attention_ref(
         if sinks is not None:
             sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
             scores = torch.cat((scores, sink), dim=-1)
-        weights = scores.softmax(dim=-1)[..., :context_len]
+        weights = scores.softmax(dim=-1)[..., : len(positions)]
         attended = torch.einsum("grqk,kgd->qgrd", weights, values).flatten(1, 2)
         output[start : start + query_len] = attended.to(query.dtype)
         start += query_len
@@ -95,7 +96,7 @@ def paged_attention_ref(
 
 
 def _meant(stored: Tensor, scale: Tensor | None, slots: tuple[Tensor, Tensor]) -> Tensor:
-    """What a cache means by what it stores: [context_len, num_kv_heads, head_dim] float32."""
+    """What a cache means by what it stores: [num_keys, num_kv_heads, head_dim] float32."""
     return stored.float() if scale is None else stored.float() * scale[slots][..., None]
 
 

@@ -5,11 +5,12 @@ num_computed_tokens[slot] positions are computed already. With s_r = sum_{q < r}
 s_r + i of the step (0 <= i < n) is the sequence's token at position p = c + i:
 
     positions = p    token_ids = token_table[slot, p]
-    slot_mapping = block_tables[slot, p // block_size] * block_size + p % block_size
+    slot_mapping[g] = block_tables[g, slot, p // block_size] * block_size + p % block_size
     context_lens[r] = c + n    query_starts[r] = s_r
 
 A captured step may be larger than what runs: rows without tokens (n = 0, whatever their slot) have
-context_lens 0, and the tokens that belong to no row have position 0, slot_mapping -1 and token 0.
+context_lens 0, and the tokens that belong to no row have position 0, slot_mapping -1 and token 0. Each group
+g of layers has block tables of its own, and so a slot mapping.
 
 In a decode step token i is row i's and nobody else's: every n is 1 or 0, query_starts[r] = r, and the token
 of a row without one is padding. No sums are needed then.
@@ -44,7 +45,7 @@ _MAX_ROW_PROGRAMS = 2048
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Where `step_inputs` writes; int64 and contiguous, of the bucket's sizes.
+    """Where `step_inputs` writes; int64 and contiguous, of the bucket's sizes; slot_mapping, in each group.
 
     sampled_tokens[p] is the last token of pair p's row: the one whose hidden state gives p's logits.
     """
@@ -52,7 +53,7 @@ class StepInputs:
     context_lens: Tensor  # [num_rows]
     query_starts: Tensor  # [num_rows + 1]
     positions: Tensor  # [num_tokens]
-    slot_mapping: Tensor  # [num_tokens]
+    slot_mapping: Tensor  # [num_groups, num_tokens]
     token_ids: Tensor  # [num_tokens]
     sampled_tokens: Tensor  # [num_pairs]
 
@@ -87,8 +88,8 @@ def step_inputs_ref(
     offsets = tokens - out.query_starts[token_rows]
     torch.mul(num_computed[token_rows] + offsets, is_real, out=out.positions)
     token_slots = row_slots[token_rows]  # [num_tokens] int64
-    blocks = block_tables[token_slots, out.positions // block_size].long()
-    torch.add(blocks.mul_(block_size), out.positions % block_size, out=out.slot_mapping)
+    blocks = block_tables[:, token_slots, out.positions // block_size].long()  # [num_groups, num_tokens]
+    out.slot_mapping.copy_(blocks.mul_(block_size).add_(out.positions % block_size))
     out.slot_mapping.masked_fill_(~is_real, -1)
     torch.mul(token_table[token_slots, out.positions].long(), is_real, out=out.token_ids)
     if is_decode:
@@ -110,20 +111,27 @@ def _gather_tokens(
     positions,
     slot_mapping,
     token_ids,
+    GROUP_STRIDE: tl.constexpr,
+    MAPPING_STRIDE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Write what slots (int64) and positions (int32) say of the tokens `at`, where in_step.
+    """Write what slots (int64) and positions (int32) say of the tokens `at`, where in_step, for the program's
+    group of layers; what is the same in all groups is the first one's to write.
 
     Nothing is looked up for a token that is not real: it is padding, and its position is 0 already.
     """
-    block = tl.load(block_tables + slot * MAX_BLOCKS + position // BLOCK_SIZE, mask=is_real, other=0)
-    token = tl.load(token_table + slot * TABLE_WIDTH + position, mask=is_real, other=0)
+    group = tl.program_id(1)
+    table = block_tables + group.to(tl.int64) * GROUP_STRIDE
+    is_first = tl.zeros_like(position) + group == 0
+    block = tl.load(table + slot * MAX_BLOCKS + position // BLOCK_SIZE, mask=is_real, other=0)
+    token = tl.load(token_table + slot * TABLE_WIDTH + position, mask=is_real & is_first, other=0)
     cache_slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-    tl.store(positions + at, position.to(tl.int64), mask=in_step)
-    tl.store(slot_mapping + at, tl.where(is_real, cache_slot, -1), mask=in_step)
-    tl.store(token_ids + at, token.to(tl.int64), mask=in_step)
+    mapping = slot_mapping + group * MAPPING_STRIDE
+    tl.store(positions + at, position.to(tl.int64), mask=in_step & is_first)
+    tl.store(mapping + at, tl.where(is_real, cache_slot, -1), mask=in_step)
+    tl.store(token_ids + at, token.to(tl.int64), mask=in_step & is_first)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_pairs"])
@@ -142,13 +150,15 @@ def _decode_inputs_kernel(
     sampled_tokens,
     num_rows,
     num_pairs,
+    GROUP_STRIDE: tl.constexpr,
+    MAPPING_STRIDE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program for TILE rows, which are the tokens too, and as many pairs."""
+    """A program for TILE rows, which are the tokens too, and as many pairs, in each group of layers."""
     wait_for_predecessor(PDL)
     release_successor(PDL)
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -171,6 +181,8 @@ def _decode_inputs_kernel(
         positions,
         slot_mapping,
         token_ids,
+        GROUP_STRIDE,
+        MAPPING_STRIDE,
         MAX_BLOCKS,
         TABLE_WIDTH,
         BLOCK_SIZE,
@@ -204,6 +216,8 @@ def _mixed_inputs_kernel(
     num_rows,
     num_tokens,
     num_shares,
+    GROUP_STRIDE: tl.constexpr,
+    MAPPING_STRIDE: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     TABLE_WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -212,6 +226,7 @@ def _mixed_inputs_kernel(
     PDL: tl.constexpr,
 ):
     """num_shares programs a row, which take turns at its tiles; then as many for padding; then one a pair.
+    All of them for each group of layers.
 
     Each sums the lengths of the rows before its own, which is cheaper than a launch that does it for all.
     """
@@ -247,6 +262,8 @@ def _mixed_inputs_kernel(
                     positions,
                     slot_mapping,
                     token_ids,
+                    GROUP_STRIDE,
+                    MAPPING_STRIDE,
                     MAX_BLOCKS,
                     TABLE_WIDTH,
                     BLOCK_SIZE,
@@ -256,7 +273,8 @@ def _mixed_inputs_kernel(
                 at = first + tl.arange(0, TOKEN_TILE)
                 zeros = tl.zeros([TOKEN_TILE], dtype=tl.int64)
                 tl.store(positions + at, zeros, mask=at < num_tokens)
-                tl.store(slot_mapping + at, zeros - 1, mask=at < num_tokens)
+                mapping = slot_mapping + tl.program_id(1) * MAPPING_STRIDE
+                tl.store(mapping + at, zeros - 1, mask=at < num_tokens)
                 tl.store(token_ids + at, zeros, mask=at < num_tokens)
 
 
@@ -272,12 +290,13 @@ def step_inputs(
     is_decode: bool,
     out: StepInputs,
 ) -> None:
-    """Fill `out` from the step's rows and the slot tables, in one launch; all tensors contiguous.
+    """Fill `out` from the step's rows and the slot tables, in one launch; all tensors contiguous, but for
+    out.slot_mapping, whose groups may lie apart.
 
     row_slots, query_lens: [num_rows] int64, query_lens no more than out's tokens in all; pair_rows:
-    [num_pairs] int64, rows; num_computed_tokens: [num_slots] int64; block_tables: [num_slots, max_blocks]
-    int32; token_table: [num_slots, width] int32. is_decode: row i has token i and no other, so that there
-    are as many tokens as rows.
+    [num_pairs] int64, rows; num_computed_tokens: [num_slots] int64; block_tables: [num_groups, num_slots,
+    max_blocks] int32; token_table: [num_slots, width] int32. is_decode: row i has token i and no other, so
+    that there are as many tokens as rows.
     """
     if not runs_triton(row_slots):
         step_inputs_ref(
@@ -294,14 +313,17 @@ def step_inputs(
         return
     num_rows, num_tokens, num_pairs = row_slots.shape[0], out.positions.shape[0], pair_rows.shape[0]
     assert out.query_starts.shape == (num_rows + 1,) and out.sampled_tokens.shape == (num_pairs,)
-    assert block_tables.is_contiguous() and token_table.is_contiguous()
+    assert block_tables.is_contiguous() and token_table.is_contiguous() and out.slot_mapping.stride(1) == 1
+    num_groups = len(block_tables)
     tensors = (
         *(row_slots, query_lens, pair_rows, num_computed_tokens, block_tables, token_table),
         *(out.context_lens, out.query_starts, out.positions, out.slot_mapping, out.token_ids),
         out.sampled_tokens,
     )
     options = {
-        "MAX_BLOCKS": block_tables.shape[1],
+        "GROUP_STRIDE": block_tables.stride(0),
+        "MAPPING_STRIDE": out.slot_mapping.stride(0),
+        "MAX_BLOCKS": block_tables.shape[2],
         "TABLE_WIDTH": token_table.shape[1],
         "BLOCK_SIZE": block_size,
         "num_warps": _NUM_WARPS,
@@ -309,11 +331,11 @@ def step_inputs(
     }
     if is_decode:
         assert num_tokens == num_rows
-        grid = (triton.cdiv(max(num_rows + 1, num_pairs), _DECODE_TILE),)
+        grid = (triton.cdiv(max(num_rows + 1, num_pairs), _DECODE_TILE), num_groups)
         _decode_inputs_kernel[grid](*tensors, num_rows, num_pairs, TILE=_DECODE_TILE, **options)
         return
     num_shares = max(1, min(triton.cdiv(num_tokens, _TOKEN_TILE), _MAX_ROW_PROGRAMS // (num_rows + 1)))
-    _mixed_inputs_kernel[((num_rows + 1) * num_shares + num_pairs,)](
+    _mixed_inputs_kernel[((num_rows + 1) * num_shares + num_pairs, num_groups)](
         *tensors,
         num_rows,
         num_tokens,

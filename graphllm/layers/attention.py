@@ -18,7 +18,7 @@ from graphllm.layers.linear import Linear
 from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.layers.norm import Norm, NormConfig, make_norm
 from graphllm.layers.rotary import RotaryConfig
-from graphllm.quant.scheme import LinearScheme
+from graphllm.quant.scheme_source import SchemeSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         has_sinks: bool = False,
         alibi_scale: float | None = None,
         backend: AttentionBackend,
-        scheme: LinearScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             hidden_size,
             {"q": self.query_size, "k": self.kv_size, "v": self.kv_size},
             bias=bias,
-            scheme=scheme,
+            scheme=schemes.at("qkv"),
             device=device,
             dtype=dtype,
         )
@@ -112,7 +112,12 @@ class Attention(nn.Module):
         self.query_norm = self._make_norm(spec.num_heads, device=device, dtype=dtype)
         self.key_norm = self._make_norm(spec.num_kv_heads, device=device, dtype=dtype)
         self.output = Linear(
-            self.query_size, {"": hidden_size}, bias=output_bias, scheme=scheme, device=device, dtype=dtype
+            self.query_size,
+            {"": hidden_size},
+            bias=output_bias,
+            scheme=schemes.at("output"),
+            device=device,
+            dtype=dtype,
         )
 
     def _make_norm(self, num_heads: int, *, device: torch.device, dtype: torch.dtype) -> Norm | None:
@@ -147,7 +152,7 @@ class Attention(nn.Module):
             rotary_tables,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
-            slot_mapping=metadata.inputs.slot_mapping,
+            slot_mapping=metadata.inputs.groups[layer_cache.group].slot_mapping,
             key_cache=layer_cache.key,
             value_cache=layer_cache.value,
             key_scale=layer_cache.key_scale,

@@ -56,10 +56,10 @@ class Linear(LoadableModule):
     def _slots(self, parts: Mapping[str, int]) -> dict[str, WeightSlot]:
         slots, first_row = {}, 0
         for part, out_features in parts.items():
-            shapes = self.scheme.checkpoint_shapes(self.in_features, out_features, bias=self.has_bias)
-            for name, shape in shapes.items():
-                load = partial(self._load, name, first_row)
-                slots[f"{part}.{name}" if part else name] = WeightSlot(shape, load)
+            tensors = self.scheme.checkpoint_tensors(self.in_features, out_features, bias=self.has_bias)
+            for name, wanted in tensors.items():
+                slot = WeightSlot.of(wanted, partial(self._load, name, first_row), tensor=name)
+                slots[f"{part}.{name}" if part else name] = slot
             first_row += out_features
         return slots
 

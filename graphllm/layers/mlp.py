@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from graphllm.arena import Arena
 from graphllm.kernels.activation import activation as activate
 from graphllm.kernels.gated_activation import Activation, gated_activation
 from graphllm.layers.linear import Linear
-from graphllm.quant.scheme import LinearScheme
+from graphllm.quant.scheme_source import SchemeSource
 
 
 class GatedMLP(nn.Module):
@@ -22,7 +24,7 @@ class GatedMLP(nn.Module):
         *,
         activation: Activation,
         bias: bool,
-        scheme: LinearScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -30,10 +32,9 @@ class GatedMLP(nn.Module):
         self.activation: Activation = activation
         self.intermediate_size = intermediate_size
         parts = {"gate": intermediate_size, "up": intermediate_size}
-        self.gate_up = Linear(hidden_size, parts, bias=bias, scheme=scheme, device=device, dtype=dtype)
-        self.down = Linear(
-            intermediate_size, {"": hidden_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
-        )
+        linear = partial(Linear, bias=bias, device=device, dtype=dtype)
+        self.gate_up = linear(hidden_size, parts, scheme=schemes.at("gate_up"))
+        self.down = linear(intermediate_size, {"": hidden_size}, scheme=schemes.at("down"))
 
     def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""
@@ -57,18 +58,15 @@ class PlainMLP(nn.Module):
         *,
         activation: Activation,
         bias: bool,
-        scheme: LinearScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = Linear(
-            hidden_size, {"": intermediate_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
-        )
-        self.down = Linear(
-            intermediate_size, {"": hidden_size}, bias=bias, scheme=scheme, device=device, dtype=dtype
-        )
+        linear = partial(Linear, bias=bias, device=device, dtype=dtype)
+        self.up = linear(hidden_size, {"": intermediate_size}, scheme=schemes.at("up"))
+        self.down = linear(intermediate_size, {"": hidden_size}, scheme=schemes.at("down"))
 
     def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,7 +31,8 @@ from graphllm.kernels.triton_support import runs_triton
 from graphllm.layers.linear import Linear
 from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.layers.mlp import GatedMLP
-from graphllm.quant.scheme import ExpertScheme
+from graphllm.quant.scheme import CheckpointTensor, ExpertScheme
+from graphllm.quant.scheme_source import SchemeSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,31 +97,33 @@ class ExpertStack(LoadableModule):
         slots, first_row = {}, 0
         for expert in range(self.num_experts):
             for part, out_features in self.parts.items():
-                for name, shape in self._shapes(out_features).items():
+                for name, wanted in self._tensors(out_features).items():
                     path = f"{expert}.{part}.{name}" if part else f"{expert}.{name}"
-                    slots[path] = WeightSlot(shape, partial(self._load, name, first_row))
+                    slots[path] = WeightSlot.of(wanted, partial(self._load, name, first_row), tensor=name)
                 first_row += out_features
         return slots
 
     def whole_slots(self) -> dict[str, WeightSlot]:
         """One tensor for all experts, whose first dimension counts them."""
-        return {
-            name: WeightSlot((self.num_experts, *shape), partial(self._load_all, name))
-            for name, shape in self._shapes(self.rows_per_expert).items()
-        }
+        slots = {}
+        for name, wanted in self._tensors(self.rows_per_expert).items():
+            slot = WeightSlot.of(wanted, partial(self._load_all, name), tensor=name)
+            shape = None if slot.shape is None else (self.num_experts, *slot.shape)
+            slots[name] = replace(slot, shape=shape)
+        return slots
 
-    def _shapes(self, out_features: int) -> dict[str, tuple[int, ...]]:
-        return self.scheme.checkpoint_shapes(self.in_features, out_features, bias=self.has_bias)
+    def _tensors(self, out_features: int) -> dict[str, CheckpointTensor]:
+        return self.scheme.checkpoint_tensors(self.in_features, out_features, bias=self.has_bias)
 
     def _load(self, name: str, first_row: int, tensor: torch.Tensor) -> None:
         self.scheme.load(self, name, tensor=tensor, first_row=first_row)
 
     def _load_all(self, name: str, tensor: torch.Tensor) -> None:
-        shape = self._shapes(self.rows_per_expert)[name]
+        shape = self._tensors(self.rows_per_expert)[name].shape
         for expert, rows in enumerate(tensor):
             # What a layout reordered without moving it is moved here, an expert at a time.
-            first_row = expert * self.rows_per_expert
-            self.scheme.load(self, name, tensor=rows.reshape(shape), first_row=first_row)
+            rows = rows if shape is None else rows.reshape(shape)
+            self.scheme.load(self, name, tensor=rows, first_row=expert * self.rows_per_expert)
 
 
 class SelectionBias(LoadableModule):
@@ -150,25 +153,23 @@ class MoE(nn.Module):
         hidden_size: int,
         config: MoEConfig,
         *,
-        scheme: ExpertScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
-        self.scheme = scheme
         num_experts, inner = config.routing.num_experts, config.expert_intermediate_size
         parts = {"experts": num_experts} | ({"shared_gate": 1} if config.has_shared_gate else {})
         self.router = Linear(
-            hidden_size, parts, bias=config.router_bias, scheme=scheme, device=device, dtype=dtype
+            hidden_size, parts, bias=config.router_bias, scheme=schemes.plain, device=device, dtype=dtype
         )
         self.selection = SelectionBias(num_experts, device=device) if config.has_selection_bias else None
-        stack = partial(
-            ExpertStack, num_experts, bias=config.expert_bias, scheme=scheme, device=device, dtype=dtype
-        )
-        self.gate_up = stack(hidden_size, parts={"gate": inner, "up": inner})
-        self.down = stack(inner, parts={"": hidden_size})
+        stack = partial(ExpertStack, num_experts, bias=config.expert_bias, device=device, dtype=dtype)
+        gate_up_parts = {"gate": inner, "up": inner}
+        self.gate_up = stack(hidden_size, parts=gate_up_parts, scheme=schemes.at("gate_up"))
+        self.down = stack(inner, parts={"": hidden_size}, scheme=schemes.at("down"))
         self.shared = None
         if config.shared_intermediate_size:
             self.shared = GatedMLP(
@@ -176,7 +177,7 @@ class MoE(nn.Module):
                 config.shared_intermediate_size,
                 activation=config.shared_activation,
                 bias=False,
-                scheme=scheme,
+                schemes=schemes.within("shared"),
                 device=device,
                 dtype=dtype,
             )
@@ -201,12 +202,13 @@ class MoE(nn.Module):
         routed = RoutedTokens(experts, weights, self._tiles(experts, arena=arena))
         num_pairs = experts.numel()
         activated = arena.take("inner", num_pairs, config.expert_intermediate_size, dtype=x.dtype)
-        self.scheme.apply_experts_gated(self.gate_up, x, routed, config.expert_activation, out=activated)
+        scheme = self.gate_up.scheme
+        scheme.apply_experts_gated(self.gate_up, x, routed, config.expert_activation, out=activated)
         results = None
         if routed.tiles is not None:
             results = arena.take("wide", num_pairs, self.hidden_size, dtype=x.dtype)
         out = arena.take("delta", num_tokens, self.hidden_size, dtype=x.dtype)
-        self.scheme.apply_experts(self.down, activated, routed, shared, results=results, out=out)
+        self.down.scheme.apply_experts(self.down, activated, routed, shared, results=results, out=out)
         return out
 
     def _tiles(self, experts: torch.Tensor, *, arena: Arena) -> ExpertTiles | None:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from graphllm.cache.kv_cache import KVCacheShape
+from graphllm.cache.kv_groups import KVGroups, group_layers
 from graphllm.kernels.gated_activation import Activation
 from graphllm.layers.attention import QKNormConfig
 from graphllm.layers.latent_attention import LatentConfig
@@ -42,7 +43,8 @@ class ModelConfig:
     Attention: num_heads is a multiple of num_kv_heads; consecutive query heads share a key/value head.
     attention_scale multiplies q.k; attention_softcap bounds the scores (`kernels/paged_attention.py`).
     has_sinks: each head has a learned logit that takes part in the softmax and has no value. latent: heads
-    come out of latents; attention_bias is then that of all projections but those out of them.
+    come out of latents, which are what is cached; attention_bias is then that of all projections but those
+    out of them.
     is_causal: a query sees no later key; without it a prompt is computed in one step, and a sliding_window
     reaches as far to either side. attention_bias is that of query, key and value, attention_output_bias that
     of the projection behind them. qk_norm: query and key heads are normalized before rotary. alibi_scale: a
@@ -117,14 +119,26 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def kv_cache_shape(self, *, block_size: int, dtype: torch.dtype) -> KVCacheShape:
-        """What the model keeps of a token; dtype: of the cache."""
+    def kv_groups(self, *, max_model_len: int) -> KVGroups:
+        """Which layers share block tables where no sequence is longer than `max_model_len` tokens."""
+        return group_layers([layer.sliding_window for layer in self.layers], max_model_len=max_model_len)
+
+    def kv_cache_shape(
+        self, *, block_size: int, dtype: torch.dtype, max_model_len: int | None = None
+    ) -> KVCacheShape:
+        """What the model keeps of a token; dtype: of the cache.
+
+        max_model_len: of sequences; None for whoever has but one block table, so all layers keep everything.
+        """
+        is_latent = self.latent is not None
         return KVCacheShape(
             num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            num_kv_heads=1 if is_latent else self.num_kv_heads,
+            head_dim=self.latent.width if self.latent is not None else self.head_dim,
             block_size=block_size,
             dtype=dtype,
+            is_latent=is_latent,
+            kv_groups=None if max_model_len is None else self.kv_groups(max_model_len=max_model_len),
         )
 
     def one_layer_of_each_kind(self) -> ModelConfig:

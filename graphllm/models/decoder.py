@@ -32,7 +32,7 @@ from graphllm.layers.moe import MoE
 from graphllm.layers.norm import Norm, make_norm
 from graphllm.layers.rotary import RotaryEmbedding
 from graphllm.models.config import LayerConfig, ModelConfig
-from graphllm.quant.scheme import ExpertScheme
+from graphllm.quant.scheme_source import SchemeSource
 
 
 class DecoderLayer(nn.Module):
@@ -44,20 +44,11 @@ class DecoderLayer(nn.Module):
         layer: LayerConfig,
         *,
         backend: AttentionBackend,
-        scheme: ExpertScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        spec = AttentionSpec(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.attention_scale,
-            sliding_window=layer.sliding_window,
-            softcap=config.attention_softcap,
-            is_causal=config.is_causal,
-        )
         norm = partial(make_norm, config.hidden_size, config=config.norm, device=device, dtype=dtype)
         placement = config.norm_placement
         has_input_norms, has_output_norms = placement != "output", placement in ("output", "both")
@@ -69,16 +60,27 @@ class DecoderLayer(nn.Module):
         if config.latent is not None:
             self.attention: Attention | LatentAttention = LatentAttention(
                 config.hidden_size,
-                spec,
+                config.num_heads,
+                config.head_dim,
+                scale=config.attention_scale,
                 latent=config.latent,
                 rotary=layer.rotary,
                 bias=config.attention_bias,
                 backend=backend,
-                scheme=scheme,
+                schemes=schemes.within("attention"),
                 device=device,
                 dtype=dtype,
             )
         else:
+            spec = AttentionSpec(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                scale=config.attention_scale,
+                sliding_window=layer.sliding_window,
+                softcap=config.attention_softcap,
+                is_causal=config.is_causal,
+            )
             self.attention = Attention(
                 config.hidden_size,
                 spec,
@@ -89,7 +91,7 @@ class DecoderLayer(nn.Module):
                 has_sinks=config.has_sinks,
                 alibi_scale=config.alibi_scale,
                 backend=backend,
-                scheme=scheme,
+                schemes=schemes.within("attention"),
                 device=device,
                 dtype=dtype,
             )
@@ -97,7 +99,9 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = norm() if has_mlp_norm else None
         self.mlp = self.moe = None
         if layer.moe is not None:
-            self.moe = MoE(config.hidden_size, layer.moe, scheme=scheme, device=device, dtype=dtype)
+            self.moe = MoE(
+                config.hidden_size, layer.moe, schemes=schemes.within("moe"), device=device, dtype=dtype
+            )
         else:
             feed_forward = GatedMLP if config.is_gated else PlainMLP
             self.mlp = feed_forward(
@@ -105,7 +109,7 @@ class DecoderLayer(nn.Module):
                 config.intermediate_size,
                 activation=config.activation,
                 bias=config.mlp_bias,
-                scheme=scheme,
+                schemes=schemes.within("mlp"),
                 device=device,
                 dtype=dtype,
             )
@@ -157,7 +161,7 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: torch.Tensor, metadata: AttentionMetadata, *, arena: Arena) -> torch.Tensor:
         output: torch.Tensor
         if self.moe is not None:
-            output = self.moe(x, slot_mapping=metadata.inputs.slot_mapping, arena=arena)
+            output = self.moe(x, slot_mapping=metadata.inputs.groups[0].slot_mapping, arena=arena)
         else:
             assert self.mlp is not None
             output = self.mlp(x, arena=arena)
@@ -185,7 +189,7 @@ class Decoder(nn.Module):
         config: ModelConfig,
         *,
         backend: AttentionBackend,
-        scheme: ExpertScheme,
+        schemes: SchemeSource,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -193,7 +197,7 @@ class Decoder(nn.Module):
         self.config = config
         self.backend = backend
         self.dtype = dtype
-        linear = partial(Linear, bias=False, scheme=scheme, device=device, dtype=dtype)
+        linear = partial(Linear, device=device, dtype=dtype)
         embedding_size = config.embedding_size or config.hidden_size
         self.embedding = TokenEmbedding(
             config.vocab_size,
@@ -206,8 +210,13 @@ class Decoder(nn.Module):
         )
         self.embedding_projection = self.head_projection = None
         if config.embedding_size is not None:
-            self.embedding_projection = linear(config.embedding_size, {"": config.hidden_size})
-            self.head_projection = linear(config.hidden_size, {"": config.embedding_size})
+            inner, outer = {"": config.hidden_size}, {"": config.embedding_size}
+            self.embedding_projection = linear(
+                config.embedding_size, inner, bias=False, scheme=schemes.at("embedding_projection")
+            )
+            self.head_projection = linear(
+                config.hidden_size, outer, bias=False, scheme=schemes.at("head_projection")
+            )
         self.positions = None
         if config.num_learned_positions:
             self.positions = LearnedPositions(
@@ -229,15 +238,26 @@ class Decoder(nn.Module):
             None if layer.rotary is None else rotaries.index(layer.rotary) for layer in config.layers
         ]
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, backend=backend, scheme=scheme, device=device, dtype=dtype)
-            for layer in config.layers
+            DecoderLayer(
+                config,
+                layer,
+                backend=backend,
+                schemes=schemes.within(f"layers.{index}"),
+                device=device,
+                dtype=dtype,
+            )
+            for index, layer in enumerate(config.layers)
         )
-        self.final_norm = norm() if config.norm_placement != "sum" else None
+        self.final_norm = None
+        if config.norm_placement != "sum":
+            self.final_norm = norm()
         self.head: Linear | TiedHead | None = None
         if config.has_head and config.tie_word_embeddings:
-            self.head = TiedHead(self.embedding, scheme=scheme)
+            self.head = TiedHead(self.embedding, scheme=schemes.plain)
         elif config.has_head:
-            self.head = linear(embedding_size, {"": config.vocab_size}, bias=config.head_bias)
+            parts = {"": config.vocab_size}
+            scheme = schemes.at("head")
+            self.head = linear(embedding_size, parts, bias=config.head_bias, scheme=scheme)
 
     def forward_in_slices(
         self,

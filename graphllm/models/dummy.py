@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from graphllm.errors import CheckpointError
+from graphllm.layers.linear import Linear
+from graphllm.layers.moe import ExpertStack
 from graphllm.layers.norm import Norm
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
@@ -36,24 +38,26 @@ class DummyCheckpoint:
 
     path: Path
     hf_config: dict[str, Any]
+    gguf: GGUFCheckpoint | None
+    """The file whose header it is of, where it is a GGUF file's."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._gguf = None
+        self.gguf = None
         if not os.path.exists(path):
             raise CheckpointError(f"{path}: no such file or folder.")
         if path.is_dir():
             self.hf_config = _read_config(path / "config.json")
         elif path.suffix.lower() == ".gguf" or is_gguf_file(path):
-            self._gguf = GGUFCheckpoint(path)
-            self.hf_config = self._gguf.hf_config
+            self.gguf = GGUFCheckpoint(path)
+            self.hf_config = self.gguf.hf_config
         else:
             self.hf_config = _read_config(path)
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's own tokenizer where it comes with one, else a byte-level one of the same size."""
-        if self._gguf is not None:
-            return self._gguf.load_tokenizer()
+        if self.gguf is not None:
+            return self.gguf.load_tokenizer()
         if (self.path / "tokenizer.json").is_file():
             return Tokenizer.from_folder(self.path)
         vocab_size = self.hf_config.get("vocab_size")
@@ -74,17 +78,23 @@ def fill_random(model: nn.Module, *, seed: int) -> None:
     seed gives the same values on the same kind of device.
     """
     generators: dict[torch.device, torch.Generator] = {}
-    norms = {id(module.weight): module for module in model.modules() if isinstance(module, Norm)}
-    for name, parameter in model.named_parameters():
-        assert parameter.is_floating_point(), name
-        if (norm := norms.get(id(parameter))) is not None:
-            parameter.data.fill_(norm.neutral_weight)
+    seen: set[int] = set()  # a tied head has the embedding's weight
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
+        if not own:
             continue
-        generator = generators.get(parameter.device)
-        if generator is None:
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-            generators[parameter.device] = generator
-        parameter.data.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+        seen.update(map(id, own))
+        device = own[0].device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        if isinstance(module, Linear | ExpertStack):
+            module.scheme.fill_random(module, generator=generator, deviation=STANDARD_DEVIATION)
+            module.scheme.finish(module)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and isinstance(module, Norm):
+                parameter.fill_(module.neutral_weight)
+            else:
+                parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from graphllm.layers.loadable import WeightSlot
 from graphllm.models.config import ModelConfig
 from graphllm.models.hf_config import HFConfig
 
-if TYPE_CHECKING:
-    from graphllm.models.checkpoint import Checkpoint
-
 WeightLayout = Callable[[WeightSlot, ModelConfig], WeightSlot]
 """A decoder's place for a tensor to the checkpoint's: another shape, or the same numbers in another order."""
-
 
 PoolingMethod = Literal["first", "last", "mean", "mean_sqrt", "max"]
 """How the hidden states of a text's tokens become one: that of its first or last token; their mean; their
@@ -59,7 +55,6 @@ class Family:
     checkpoints and not in others. ignored_weights: tensors that some checkpoints carry and nobody
     needs, in full; with a dot at the end, all whose names begin so. spare_layers: begins the names of layers;
     those behind the model's last are not used.
-    unpack: makes plain numbers of tensors that some checkpoints store packed.
     pooling: what it gives instead of tokens; None for families that generate. Its layers are not the
     decoder's: they are `ignored_weights` here, and loaded by `pooling.py`.
     """
@@ -71,6 +66,5 @@ class Family:
     layouts: Mapping[str, WeightLayout] = field(default_factory=dict)
     optional_prefix: str = ""
     spare_layers: str = ""
-    unpack: Callable[[Checkpoint], Checkpoint] | None = None
     ignored_weights: tuple[str, ...] = ()
     pooling: Pooling | None = None

@@ -13,12 +13,24 @@ from typing import Any
 import torch
 
 from graphllm.errors import CheckpointError
+from graphllm.kernels.packed_weight import PackedFormat
 from graphllm.models.gguf_architectures import GGUFArchitecture, TensorSource, find_tensors
+from graphllm.models.gguf_arrangements import (
+    key_halves,
+    key_rows,
+    query_halves,
+    query_rows,
+    value_rows,
+)
 from graphllm.models.gguf_config import read_generation_config, read_hf_config
 from graphllm.models.gguf_families import ARCHITECTURES
 from graphllm.models.gguf_file import GGUFFile
 from graphllm.models.gguf_metadata import GGUFMetadata
+from graphllm.models.gguf_packed import PackedRows, packed_format, unpack_rows
 from graphllm.tokenizer.tokenizer import Tokenizer
+
+# Arrangements that pick and order whole rows, and change nothing in them.
+_ROW_ORDERS = (None, query_halves, key_halves, query_rows, key_rows, value_rows)
 
 
 class GGUFCheckpoint:
@@ -58,6 +70,27 @@ class GGUFCheckpoint:
         source = self._source(name)
         parts = [torch.from_numpy(self._file.read_float32(stored, source.index)) for stored in source.stored]
         return self._arrange(name, parts).contiguous()
+
+    def packed_form(self, name: str) -> tuple[str, PackedFormat] | None:
+        """The type's name and the form that a matrix can stay in; None where it has to be expanded."""
+        source = self._source(name)
+        if len(source.stored) != 1 or source.arrange not in _ROW_ORDERS:
+            return None
+        stored = self._file.tensors[source.stored[0]]
+        form = packed_format(stored.type)
+        is_matrix = len(stored.shape) - (source.index is not None) == 2
+        return (stored.type.name, form) if form is not None and is_matrix else None
+
+    def packed_rows(self, name: str) -> PackedRows:
+        """A matrix that has a `packed_form`, its rows arranged as Hugging Face has them."""
+        source = self._source(name)
+        stored = source.stored[0]
+        rows = unpack_rows(self._file.read_blocks(stored, source.index), self._file.tensors[stored].type)
+        if source.arrange is None:
+            return rows
+        order = self._arrange(name, [torch.arange(len(rows.codes))]).numpy()
+        offsets = None if rows.offsets is None else rows.offsets[order]
+        return PackedRows(rows.codes[order], rows.scales[order], offsets)
 
     def _arrange(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         source = self._source(name)

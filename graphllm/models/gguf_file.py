@@ -115,11 +115,7 @@ class GGUFFile:
         index: only this entry of the first of several dimensions, [*shape[1:]]; the others are not touched.
         """
         tensor = self.tensors[name]
-        shape, num_bytes, offset = tensor.shape, tensor.num_bytes, tensor.offset
-        if index is not None:  # rows are whole blocks, so entries are whole bytes
-            num_bytes //= shape[0]
-            shape, offset = shape[1:], offset + index * num_bytes
-        raw = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=offset)
+        raw, shape = self._read(name, index)
         if tensor.type is GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(shape)
         elements_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[tensor.type]
@@ -132,6 +128,20 @@ class GGUFFile:
                 chunk = gguf.dequantize(row, tensor.type)
                 values[start : start + step] = chunk.reshape(-1, elements_per_block)
         return values.reshape(shape)
+
+    def read_blocks(self, name: str, index: int | None = None) -> npt.NDArray[np.uint8]:
+        """The rows of a matrix as they are stored, [rows, bytes of a row]; index: as in `read_float32`."""
+        raw, shape = self._read(name, index)
+        return raw.reshape(shape[0], -1)
+
+    def _read(self, name: str, index: int | None) -> tuple[npt.NDArray[np.uint8], tuple[int, ...]]:
+        """The bytes of a tensor or of one entry, and its shape."""
+        tensor = self.tensors[name]
+        shape, num_bytes, offset = tensor.shape, tensor.num_bytes, tensor.offset
+        if index is not None:  # rows are whole blocks, so entries are whole bytes
+            num_bytes //= shape[0]
+            shape, offset = shape[1:], offset + index * num_bytes
+        return np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=offset), shape
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -24,6 +24,8 @@ from graphllm.kernels.packed_weight import PackedFormat
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
 
+# Rows are unpacked some at a time, for what is needed on the way.
+_SLICE_BYTES = 1 << 20
 _HALF_ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)
 # Eight scales of 1 and eight minima of 0, six bits each, as Q4_K packs them into twelve bytes.
 _Q4_K_ONES = np.array([1] * 4 + [0] * 4 + [1] * 4, np.uint8)
@@ -58,13 +60,17 @@ def unpack_rows(data: _Bytes, type: GGMLQuantizationType) -> PackedRows:
     """What rows of blocks hold: data [rows, bytes of a row] of a type that has a `packed_format`."""
     num_rows, num_bytes = data.shape
     bytes_per_block = gguf.GGML_QUANT_SIZES[type][1]
-    unpacked = _TYPES[type].unpack(data.reshape(-1, bytes_per_block))
     assert num_bytes % bytes_per_block == 0, "rows are whole blocks"
-    offsets = unpacked.offsets
+    rows_at_once = max(1, _SLICE_BYTES // num_bytes)
+    slices = [
+        _TYPES[type].unpack(data[first : first + rows_at_once].reshape(-1, bytes_per_block))
+        for first in range(0, num_rows, rows_at_once)
+    ]
+    offsets = [part.offsets for part in slices if part.offsets is not None]
     return PackedRows(
-        unpacked.codes.reshape(num_rows, -1),
-        unpacked.scales.reshape(num_rows, -1),
-        None if offsets is None else offsets.reshape(num_rows, -1),
+        np.concatenate([part.codes for part in slices]).reshape(num_rows, -1),
+        np.concatenate([part.scales for part in slices]).reshape(num_rows, -1),
+        np.concatenate(offsets).reshape(num_rows, -1) if offsets else None,
     )
 
 
@@ -81,8 +87,8 @@ def _integers(blocks: _Bytes, type: GGMLQuantizationType, **fields: tuple[int, _
     plain = blocks.copy()
     for first, replacement in fields.values():
         plain[:, first : first + len(replacement)] = replacement
-    values: _Floats = gguf.dequantize(plain, type)
-    return values
+    values: _Floats = gguf.dequantize(plain.reshape(1, -1), type)  # row by row it would be slow
+    return values.reshape(len(blocks), -1)
 
 
 def _q8_0(blocks: _Bytes) -> PackedRows:

@@ -155,18 +155,10 @@ class HFConfig:
         for key, value in self._values.items():
             if key in self._read or key in HARMLESS_KEYS | GENERATION_KEYS | POOLING_KEYS or value is None:
                 continue
-            if key == "quantization_config":
-                self._refuse_packing()
             if key not in NEUTRAL_VALUES:
                 self.refuse(key, f"({_short(value)}) is not understood, and may change the mathematics")
             if value != NEUTRAL_VALUES[key]:
                 self.refuse(key, f"is {_short(value)}, which is not supported")
-
-    def _refuse_packing(self) -> NoReturn:
-        """For families of which no packed weights are read."""
-        packing = self.section("quantization_config").get("quant_method", "in an unnamed way")
-        reason = f"says that weights are packed ({_short(packing)}), which is not understood"
-        self.refuse("quantization_config", f"{reason}; versions in 16 or 32 bits are served")
 
     @staticmethod
     def _found(value: object, wanted: str) -> str:

@@ -133,6 +133,9 @@ GENERATION_KEYS = frozenset(
     }
 )
 
+# How weights are stored, in two generations of files.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
 # Keys that would change the mathematics at any other value.
 NEUTRAL_VALUES: dict[str, object] = {
     "add_cross_attention": False,

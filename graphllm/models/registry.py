@@ -39,6 +39,7 @@ from graphllm.models.families.starcoder2 import STARCODER2
 from graphllm.models.families.text_parts import GEMMA3_TEXT_PART, MISTRAL3_TEXT_PART
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
+from graphllm.models.hf_keys import QUANTIZATION_KEYS
 from graphllm.models.sentence_transformers import has_sentence_transformer
 
 FAMILIES = (
@@ -129,6 +130,8 @@ def _as_published(checkpoint: Configured, family: Family) -> Family:
 def read_model_config(checkpoint: Configured, family: Family) -> ModelConfig:
     """The checkpoint's mathematics. Raises CheckpointError for any key that is not understood."""
     reader = HFConfig(checkpoint.hf_config, checkpoint.path)
+    for key in QUANTIZATION_KEYS:
+        reader.get(key)  # how weights are stored changes no mathematics; `quantization.py` reads it
     config = family.read_config(reader)
     reader.check_understood()
     return config

@@ -23,7 +23,8 @@ from graphllm.tokenizer.tokenizer import Tokenizer
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_WEIGHTS_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
-_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8"})  # U8: packed numbers, which `mxfp4.py` reads
+# Plain numbers, and what packed ones are made of.
+_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F8_E4M3"})
 _NOT_FILE_NAMES = frozenset({"", ".", ".."})
 _NOT_IN_FILE_NAMES = frozenset("/\\\0")
 _MAX_JSON_BYTES = 64 << 20

@@ -211,7 +211,7 @@ class PagedAttentionStep:
             None,  # the module has turned them
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
-            slot_mapping=self.metadata.inputs.slot_mapping,
+            slot_mapping=self.metadata.inputs.groups[layer_cache.group].slot_mapping,
             key_cache=layer_cache.key,
             value_cache=layer_cache.value,
             key_scale=layer_cache.key_scale,
@@ -228,3 +228,19 @@ class PagedAttentionStep:
             out=attended,
         )
         return attended[None]
+
+
+class AbsentAttention:
+    """Attention that returns its queries, for looking at what a module does around it."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        return query.transpose(1, 2).contiguous()

@@ -32,12 +32,18 @@ from graphllm.models import transformers_attention
 from graphllm.models.checkpoint import Checkpoint
 from graphllm.models.config import LayerConfig, ModelConfig
 from graphllm.models.dummy import DummyCheckpoint
+from graphllm.models.fallback_capture import find_obstacle
+from graphllm.models.fallback_choice import (
+    fallback_architecture,
+    is_known_to_transformers,
+    refuse_without_weights,
+)
 from graphllm.models.hf_config import MAX_NUM_LAYERS
-from graphllm.models.registry import FAMILIES
 from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.models.transformers_attention import (
     OUTLINE,
     SERVING,
+    AbsentAttention,
     AttentionOutline,
     PagedAttentionStep,
     UnservableAttention,
@@ -100,13 +106,11 @@ def find_fallback(
     never and "transformers" always. Raises CheckpointError that names the architecture and why it cannot be
     served, and ConfigError where transformers is not installed.
     """
-    names = checkpoint.hf_config.get("architectures")
-    if model_impl == "graphllm" or not isinstance(names, list) or len(names) != 1:
-        return None  # the registry says what is wrong with the latter
-    architecture = names[0]
-    if not isinstance(architecture, str):
+    architecture = fallback_architecture(checkpoint, model_impl=model_impl)
+    if architecture is None:
         return None
-    if model_impl == "auto" and any(architecture in family.architectures for family in FAMILIES):
+    if isinstance(checkpoint, DummyCheckpoint):
+        refuse_without_weights(checkpoint, model_impl=model_impl, what="--load-format dummy draws weights of")
         return None
     if not isinstance(checkpoint, FolderCheckpoint):
         if model_impl == "auto":
@@ -117,11 +121,7 @@ def find_fallback(
         specs, hidden_size, vocab_size = _outline(hf_config, model_class)
     except UnservableAttention as error:
         raise _unservable(checkpoint, architecture, str(error)) from error
-    logger.warning(
-        "%s runs through transformers' own module, step by step without CUDA graphs: slower than a "
-        "declared family",
-        architecture,
-    )
+    logger.warning("%s runs through transformers' own module: slower than a declared family", architecture)
     config = _model_config(checkpoint, hf_config, specs, hidden_size=hidden_size, vocab_size=vocab_size)
     return Fallback(checkpoint, hf_config, model_class, config, specs)
 
@@ -131,7 +131,6 @@ def _find_class(checkpoint: Checkpoint, architecture: str, *, trust_remote_code:
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError as error:
         raise ConfigError(
             f"No family of graphllm answers to architecture {architecture!r}, and the fallback needs "
@@ -139,10 +138,8 @@ def _find_class(checkpoint: Checkpoint, architecture: str, *, trust_remote_code:
         ) from error
     values = checkpoint.hf_config
     model_type = values.get("model_type")
-    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
-    is_known = architecture in (named if isinstance(named, tuple) else (named,))
     try:
-        if is_known:
+        if is_known_to_transformers(architecture, model_type):
             return CONFIG_MAPPING[model_type].from_dict(values), getattr(transformers, architecture)
         if "auto_map" in values and trust_remote_code:
             path = str(checkpoint.path)
@@ -388,6 +385,27 @@ class FallbackDecoder:
         if len(sampled_tokens):
             rows = self.final_hidden(sampled_tokens, num_tokens=len(input_ids), arena=arena)
             self.project(rows, arena=arena, out=logits)
+
+    def find_capture_obstacle(self) -> str | None:
+        """What keeps steps of the module out of captured graphs, None where nothing was found.
+
+        Attention is ours and is left out, as are the tokens between its rows: see `fallback_capture.py`.
+        """
+
+        def step(input_ids: torch.Tensor, positions: torch.Tensor) -> object:
+            hidden = self._base(input_ids[None], positions=positions[None])
+            self._base.given = hidden
+            try:
+                return self._module(input_ids=input_ids[None, :1], use_cache=False).logits
+            finally:
+                self._base.given = None
+
+        transformers_attention.attach(self._module, AbsentAttention())
+        try:
+            device = next(self._module.parameters()).device
+            return find_obstacle(step, vocab_size=self.config.vocab_size, device=device)
+        finally:
+            transformers_attention.attach(self._module, self._step)
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, **step: Any) -> None:
         """One step in one go; arguments as of `forward_in_slices`."""

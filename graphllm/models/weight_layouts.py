@@ -5,10 +5,13 @@ Owns the reordering; which tensors need it is the families' declaration.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from graphllm.layers.loadable import WeightSlot
 from graphllm.models.config import ModelConfig
+from graphllm.quant.scheme import PLAIN_DTYPES
 
 
 def transposed(slot: WeightSlot, config: ModelConfig) -> WeightSlot:
@@ -17,6 +20,7 @@ def transposed(slot: WeightSlot, config: ModelConfig) -> WeightSlot:
     def load(tensor: torch.Tensor) -> None:
         slot.load(tensor.mT if tensor.ndim == 2 else tensor)
 
+    assert slot.shape is not None
     return WeightSlot(slot.shape[::-1], load)
 
 
@@ -27,16 +31,21 @@ def stacked_pairs(slot: WeightSlot, config: ModelConfig) -> WeightSlot:
     slot gets a view, [num_experts, 2, intermediate, ...], and moves an expert at a time.
     """
 
+    is_packed = _is_packed(slot)
+
     def load(tensor: torch.Tensor) -> None:
-        rows = tensor.mT if tensor.ndim == 3 else tensor  # [num_experts, 2 * intermediate, ...]
+        # [num_experts, 2 * intermediate, ...]
+        rows = tensor.mT if tensor.ndim == 3 and not is_packed else tensor
         num_experts, num_rows, *rest = rows.shape
         slot.load(rows.view(num_experts, num_rows // 2, 2, *rest).transpose(1, 2))
 
-    return WeightSlot(_stacked_shape(slot), load)
+    return replace(slot, shape=_stacked_shape(slot), load=load)
 
 
 def stacked_transposed(slot: WeightSlot, config: ModelConfig) -> WeightSlot:
     """All experts' matrices as [num_experts, in_features, out_features]; vectors as they are."""
+    if _is_packed(slot):
+        return slot
 
     def load(tensor: torch.Tensor) -> None:
         slot.load(tensor.mT if tensor.ndim == 3 else tensor)
@@ -44,7 +53,15 @@ def stacked_transposed(slot: WeightSlot, config: ModelConfig) -> WeightSlot:
     return WeightSlot(_stacked_shape(slot), load)
 
 
+def _is_packed(slot: WeightSlot) -> bool:
+    """Whether its tensor is a part of packed numbers, which are row by row in any checkpoint."""
+    return slot.dtypes.isdisjoint(PLAIN_DTYPES)
+
+
 def _stacked_shape(slot: WeightSlot) -> tuple[int, ...]:
+    assert slot.shape is not None
+    if _is_packed(slot):
+        return slot.shape
     num_experts, *rest = slot.shape
     return num_experts, *reversed(rest)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,26 @@ import torch
 
 from graphllm.attention.backend import AttentionBackend
 from graphllm.errors import CheckpointError
-from graphllm.kernels.linear import LinearProduct, choose_cpu_product, gpu_product, linear_ref
-from graphllm.layers.loadable import LoadableModule, WeightSlot
+from graphllm.kernels.linear import (
+    LinearProduct,
+    choose_cpu_product,
+    give_threads,
+    gpu_product,
+    linear_ref,
+)
+from graphllm.layers.linear import Linear
+from graphllm.layers.loadable import WeightSlot
+from graphllm.layers.moe import ExpertStack
+from graphllm.models.calibration import input_mean_squares
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.dummy import DummyCheckpoint, fill_random
 from graphllm.models.family import Family
+from graphllm.models.quantization import ModelQuantization, read_quantization
 from graphllm.models.registry import find_family, read_model_config
-from graphllm.quant.unquantized import Unquantized
+from graphllm.models.stored_names import StoredNames
+from graphllm.models.weight_slots import slots_by_stored_name
+from graphllm.quant.scheme import PLAIN_DTYPES
 
 if TYPE_CHECKING:
     from graphllm.models.checkpoint import Checkpoint
@@ -34,7 +47,6 @@ logger = logging.getLogger(__name__)
 _MAX_NAMES_SHOWN = 3
 _ROWS_COMPARED = 4096
 _DUMMY_SEED = 0
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def load_model(
@@ -46,43 +58,67 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     product: LinearProduct | None = None,
     max_model_len: int | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
-    """Build the checkpoint's decoder on `device` with all weights in `dtype`.
+    """Build the checkpoint's decoder on `device`, its plain weights in `dtype`.
 
     A dummy checkpoint's weights are drawn at random, always the same.
     progress(tensors loaded, tensors in all) is called after each tensor. product: the library behind the
     linear layers; None measures which is fastest here, in less than half a second, and sets its threads.
     max_model_len: the longest context that will be served, None for the model's own; LongRoPE depends on it.
-    Raises CheckpointError naming the file, and the tensor or configuration key at fault.
+    quantization: `--quantization`; None for what the checkpoint says.
+    Raises CheckpointError naming the file, and the tensor or configuration key at fault, and ConfigError
+    where the checkpoint contradicts `quantization`.
     """
     family = find_family(checkpoint)
     config = read_model_config(checkpoint, family)
+    stored = read_quantization(checkpoint, asked=quantization)
     if max_model_len is not None:
         longest = min(max_model_len, config.max_position_embeddings)
         config = replace(config, max_position_embeddings=longest)
+    names = None
     if not isinstance(checkpoint, DummyCheckpoint):
-        check_sizes(config, checkpoint, family=family, backend=backend)
+        check_sizes(config, checkpoint, quantization=stored, backend=backend)
+        names = stored.source(checkpoint).tensor_names()
     if product is None:
-        product = choose_product(config, device=device, dtype=dtype)
-    model = Decoder(config, backend=backend, scheme=Unquantized(product), device=device, dtype=dtype)
+        product = choose_product(config, device=device, dtype=dtype, quantization=stored)
+    mean_squares = {}
+    if stored.weighs_inputs and not isinstance(checkpoint, DummyCheckpoint):
+        mean_squares = input_mean_squares(checkpoint, config, quantization=stored)
+    with errors_named(checkpoint, "its configuration"):
+        schemes = stored.schemes(config, product, tensors=names)
+        model = Decoder(config, backend=backend, schemes=schemes, device=device, dtype=dtype)
+    for path, values in mean_squares.items():
+        model.get_submodule(path).register_buffer("importance", values, persistent=False)
     if isinstance(checkpoint, DummyCheckpoint):
         fill_random(model, seed=_DUMMY_SEED)
     else:
-        load_weights(model, checkpoint, family=family, progress=progress)
+        load_weights(model, checkpoint, quantization=stored, progress=progress)
     return model.eval()
 
 
-def choose_product(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> LinearProduct:
+def choose_product(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: ModelQuantization | None = None,
+) -> LinearProduct:
     """The product library for a model of this shape.
 
     On a card each product takes what was measured to be fastest there. In float32 on a CPU two libraries
     are timed, and the number of their threads is set within torch's present one (`kernels/linear.py`).
+    quantization: how weights are stored; None for plain numbers.
     """
     shapes = (*_attention_shapes(config), *_feed_forward_shapes(config))
     if device.type == "cuda":
         head = (config.vocab_size, config.embedding_size or config.hidden_size)
         return gpu_product((*shapes, head), dtype=dtype, device=device)
     if dtype != torch.float32:
+        return linear_ref
+    if quantization is not None and quantization.forms:
+        # The products of packed weights are torch's, and only one library has more than one thread.
+        give_threads(linear_ref, torch.get_num_threads())
         return linear_ref
     choice = choose_cpu_product(shapes, num_threads=torch.get_num_threads())
     logger.info("linear layers by %s (ms at 1 and 16 rows: %s)", choice.name, choice.milliseconds)
@@ -95,13 +131,10 @@ def _attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     query_size, kv_size = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     if latent is None:
         return [(query_size + 2 * kv_size, hidden), (hidden, query_size)]
-    value_size = config.num_heads * latent.value_dim
-    plain_size = query_size - config.num_heads * latent.turned_dim
     return [
-        ((latent.query_rank or 0) + latent.key_value_rank + latent.turned_dim, hidden),
+        ((latent.query_rank or 0) + latent.width, hidden),
         (query_size, latent.query_rank or hidden),
-        (plain_size + value_size, latent.key_value_rank),
-        (hidden, value_size),
+        (hidden, config.num_heads * latent.value_dim),
     ]
 
 
@@ -123,35 +156,54 @@ def load_weights(
     model: Decoder,
     checkpoint: Checkpoint,
     *,
-    family: Family,
+    quantization: ModelQuantization,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill every parameter of `model` from the checkpoint, or raise CheckpointError."""
-    if family.unpack is not None:
-        checkpoint = family.unpack(checkpoint)
-    slots = _checked_slots(model, checkpoint, family)
+    family = quantization.family
+    checkpoint = quantization.source(checkpoint)
+    slots = _checked_slots(model, checkpoint, quantization)
     names = checkpoint.tensor_names()
     wanted = [name for name in names if name in slots]  # in the file's order, to read it once through
     for index, name in enumerate(wanted, 1):
-        slots[name].load(_read(checkpoint, name))
+        with errors_named(checkpoint, f"tensor {name!r}"):
+            slots[name].load(_read(checkpoint, name, slots[name]))
         if progress is not None:
             progress(index, len(wanted))
+    for module in model.modules():
+        if isinstance(module, (Linear, ExpertStack)):
+            module.scheme.finish(module)
     head = f"{family.weight_names['head']}.weight"
     if model.config.tie_word_embeddings and head in names:
         _check_same_as_embedding(model, checkpoint, head)
 
 
-def _checked_slots(model: Decoder, checkpoint: Checkpoint, family: Family) -> dict[str, WeightSlot]:
+@contextmanager
+def errors_named(checkpoint: Checkpoint | DummyCheckpoint, what: str) -> Iterator[None]:
+    """Puts the file, and what was done with it, before the word of a scheme, which knows neither."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.message.startswith(str(checkpoint.path)):
+            raise
+        raise CheckpointError(f"{checkpoint.path}: {what}: {error.message}.") from error
+
+
+def _checked_slots(
+    model: Decoder, checkpoint: Checkpoint, quantization: ModelQuantization
+) -> dict[str, WeightSlot]:
     """Every tensor's place by its name, once names and shapes are those that the configuration asks for."""
+    family = quantization.family
     names = _without_spare_layers(checkpoint.tensor_names(), family, num_layers=model.config.num_layers)
-    prefix = _left_out_prefix(family, names)
-    slots = _slots_by_checkpoint_name(model, family, names=set(names), prefix=prefix)
-    ignored = [name.removeprefix(prefix) for name in family.ignored_weights]
+    stored = StoredNames.of(family, names)
+    slots = slots_by_stored_name(model, stored, quantization=quantization)
+    slots = {name: slot for name, slot in slots.items() if not slot.is_optional or name in names}
+    ignored = [name.removeprefix(stored.prefix) for name in family.ignored_weights]
     if model.config.tie_word_embeddings:
         ignored.append(f"{family.weight_names['head']}.weight")
     _check_names(checkpoint, names, slots=slots, ignored=ignored)
     for name, slot in slots.items():
-        if (shape := tuple(checkpoint.tensor_shape(name))) != slot.shape:
+        if slot.shape is not None and (shape := tuple(checkpoint.tensor_shape(name))) != slot.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name!r} has shape {list(shape)}; "
                 f"the configuration asks for {list(slot.shape)}."
@@ -160,62 +212,27 @@ def _checked_slots(model: Decoder, checkpoint: Checkpoint, family: Family) -> di
 
 
 def check_sizes(
-    config: ModelConfig, checkpoint: Checkpoint, *, family: Family, backend: AttentionBackend
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    quantization: ModelQuantization,
+    backend: AttentionBackend,
 ) -> None:
     """Refuse a configuration whose tensors are not the checkpoint's before memory is taken for them.
 
     Raises CheckpointError as `load_weights` does.
     """
-    if family.unpack is not None:
-        checkpoint = family.unpack(checkpoint)
-    nowhere = torch.device("meta")
-    outline = Decoder(
-        config, backend=backend, scheme=Unquantized(linear_ref), device=nowhere, dtype=torch.float32
-    )
-    _checked_slots(outline, checkpoint, family)
-
-
-def _slots_by_checkpoint_name(
-    model: Decoder, family: Family, *, names: Collection[str], prefix: str
-) -> dict[str, WeightSlot]:
-    """Every place for a tensor in the model, under the tensor's name in the checkpoint.
-
-    names: the checkpoint's. prefix: what it leaves out of them.
-    """
-    slots = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, LoadableModule):
-            continue
-        for name, slot in _slots_as_stored(path, module, family).items():
-            part, _, tensor = f"{path}.{name}".rpartition(".")
-            pattern = _without_numbers(part)
-            in_full = family.weight_names.get(f"{pattern}.{tensor}")
-            stored = f"{family.weight_names[pattern]}.{tensor}" if in_full is None else in_full
-            layout = family.layouts.get(pattern)
-            place = slot if layout is None else layout(slot, model.config)
-            numbers = _NUMBER.findall(part)
-            if (other := family.alternative_names.get(pattern)) is not None:
-                other = f"{other}.{tensor}"
-                stored = other if other.format(*numbers).removeprefix(prefix) in names else stored
-            slots[stored.format(*numbers).removeprefix(prefix)] = place
-    return slots
-
-
-def _slots_as_stored(path: str, module: LoadableModule, family: Family) -> dict[str, WeightSlot]:
-    """The layer's slots: one for all its parts together where the family names them so."""
-    whole, pattern = module.whole_slots(), _without_numbers(path)
-    names = {pattern, *(f"{pattern}.{name}" for name in whole)}
-    return module.weight_slots() if names.isdisjoint(family.weight_names) else whole
-
-
-def _without_numbers(path: str) -> str:
-    return _NUMBER.sub("{}", path)
-
-
-def _left_out_prefix(family: Family, names: Collection[str]) -> str:
-    """The family's optional prefix where no name of the checkpoint begins with it, else nothing."""
-    prefix = family.optional_prefix
-    return "" if not prefix or any(name.startswith(prefix) for name in names) else prefix
+    checkpoint = quantization.source(checkpoint)
+    names = checkpoint.tensor_names()
+    with errors_named(checkpoint, "its configuration"):
+        outline = Decoder(
+            config,
+            backend=backend,
+            schemes=quantization.schemes(config, linear_ref, tensors=names),
+            device=torch.device("meta"),
+            dtype=torch.float32,
+        )
+        _checked_slots(outline, checkpoint, quantization)
 
 
 def _without_spare_layers(names: Collection[str], family: Family, *, num_layers: int) -> list[str]:
@@ -258,19 +275,20 @@ def _listed(names: Sequence[str]) -> str:
     return f"tensors {shown}{f' and {more} more' if more > 0 else ''} are"
 
 
-def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _read(checkpoint: Checkpoint, name: str, slot: WeightSlot) -> torch.Tensor:
     tensor = checkpoint.tensor(name)
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, "
-            "not floating-point numbers."
+    if tensor.dtype not in slot.dtypes:
+        found, *wanted = (
+            str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *sorted(slot.dtypes, key=str))
         )
+        understood = "floating-point numbers" if slot.dtypes == PLAIN_DTYPES else " or ".join(wanted)
+        raise CheckpointError(f"{checkpoint.path}: tensor {name!r} holds {found}, not {understood}.")
     return tensor
 
 
 def _check_same_as_embedding(model: Decoder, checkpoint: Checkpoint, name: str) -> None:
     """A tied head that is stored all the same must say the same as the embedding."""
-    weight, tensor = model.embedding.weight, _read(checkpoint, name)
+    weight, tensor = model.embedding.weight, checkpoint.tensor(name)
     is_same = tensor.shape == weight.shape and all(
         torch.equal(rows.to(device=weight.device, dtype=weight.dtype), weight_rows)
         for rows, weight_rows in zip(

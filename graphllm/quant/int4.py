@@ -3,74 +3,96 @@
     w_{n,k} ~ scale_{n,g} * code_{n,k} + offset_{n,g},   code in 0..15,  g = k // 32
 
 Scales and offsets are float16, so a weight has 5 bits in all. A group begins with its smallest and largest
-value at the ends of the grid, which is exact for weights that lie on such a grid already. Then narrower
-grids are tried, which cut the extremes off and are finer for the rest, and the best one's scale and offset
-are fitted to its codes by least squares; a group takes what has the smallest sum of squared errors, each
-candidate measured as it would be stored.
+value at the ends of the grid, which is exact for weights that lie on such a grid already. Then a line is
+fitted through values and codes by weighted least squares, values are rounded to it again, and so on; a group
+takes the round with the smallest weighted sum of squared errors, each measured as it would be stored.
+
+What weighs an input feature's errors is its activations' mean square, where somebody measured it
+(`models/calibration.py`): a model has features that are hundreds of times as large as others. On Gemma 3 270M
+that is worth four fifths of what perplexity loses.
 
 Owns how a plain row becomes codes, scales and offsets.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from graphllm.kernels.packed_weight import PackedFormat
 from graphllm.quant.packed import PackedScheme
+from graphllm.quant.scheme import CheckpointTensor, plain_tensors
 
 GROUP_SIZE = 32
 _FORMAT = PackedFormat(bits=4, group_size=GROUP_SIZE, zeros="offset", scale_dtype=torch.float16)
 _LARGEST_CODE = 15
-# How far the grid reaches, as parts of the group's own range.
-_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
+_FITTING_ROUNDS = 4
+# Of the mean: what every feature weighs at least, whatever the text was that it was measured on.
+_LEAST_IMPORTANCE = 0.01
 # Rows are quantized some at a time: what is alive then stays in the processor's cache.
 _SLICE_ELEMENTS = 1 << 16
 _LARGEST_HALF = 65504.0
 
 
 class Int4(PackedScheme):
-    """Weight-only, asymmetric, groups of 32: quantized while a checkpoint of plain weights is loaded."""
+    """Weight-only, asymmetric, groups of 32: quantized while a checkpoint of plain weights is loaded.
+
+    A layer may have `importance` [in_features] while it is loaded, see `quantize_int4`.
+    """
 
     def format_of(self, in_features: int, out_features: int) -> PackedFormat:
         return _FORMAT
 
-    def checkpoint_shapes(
+    def checkpoint_tensors(
         self, in_features: int, out_features: int, *, bias: bool
-    ) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        return shapes | ({"bias": (out_features,)} if bias else {})
+    ) -> dict[str, CheckpointTensor]:
+        return plain_tensors(in_features, out_features, bias=bias)
 
     def load(self, layer: nn.Module, name: str, *, tensor: Tensor, first_row: int) -> None:
         if name == "bias":
             self.store_bias(layer, tensor, first_row=first_row)
             return
+        importance = cast("Tensor | None", getattr(layer, "importance", None))
         rows_at_once = max(1, _SLICE_ELEMENTS // tensor.shape[1])
         for first in range(0, len(tensor), rows_at_once):
-            codes, scales, offsets = quantize_int4(tensor[first : first + rows_at_once])
+            codes, scales, offsets = quantize_int4(tensor[first : first + rows_at_once], importance)
             self.store(layer, first_row=first_row + first, codes=codes, scales=scales, zeros=offsets)
 
+    def finish(self, layer: nn.Module) -> None:
+        """See `PackedScheme`; what the rows were weighed by is not needed any more."""
+        if hasattr(layer, "importance"):
+            del layer.importance
+        super().finish(layer)
 
-def quantize_int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """rows: [num_rows, in_features], floating -> (codes of the same shape, uint8; scales and offsets
+
+def quantize_int4(rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """rows: [num_rows, in_features], floating; importance: [in_features] float32, not negative, how much a
+    squared error matters, None for all alike. Returns (codes of the rows' shape, uint8; scales and offsets
     [num_rows, num_groups] float16).
 
     A group whose values are all the same has the scale 0 and that value as its offset.
     """
     num_rows, in_features = rows.shape
-    values = rows.float()
-    if padding := -in_features % GROUP_SIZE:
-        # More of the row's last value: it changes neither the range nor what is stored of the others.
+    values, padding = rows.float(), -in_features % GROUP_SIZE
+    weights = torch.ones(in_features) if importance is None else importance / importance.mean()
+    weights = weights + _LEAST_IMPORTANCE
+    if padding:
+        # More of the row's last value, which weighs nothing: it changes no range and no sum.
         values = torch.cat((values, values[:, -1:].expand(-1, padding)), 1)
+        weights = torch.nn.functional.pad(weights, (0, padding))
     groups = values.reshape(-1, GROUP_SIZE)
+    weights = weights.expand(num_rows, -1).reshape(-1, GROUP_SIZE)
+    weights = weights / _sums(weights)
+    weighted = weights * groups
+    means = _sums(weighted)
     lowest, highest = groups.aminmax(dim=1, keepdim=True)
-    best: tuple[Tensor, ...] | None = None
-    for part in _RANGES:
-        cut = (highest - lowest) * ((1 - part) / 2)
-        candidate = _rounded(groups, (highest - lowest) * (part / _LARGEST_CODE), lowest + cut)
-        best = candidate if best is None else _better(best, candidate)
-    assert best is not None
-    best = _better(best, _rounded(groups, *_fitted(groups, best[1])))
+    best = _rounded(groups, weights, (highest - lowest) / _LARGEST_CODE, lowest)
+    for _ in range(_FITTING_ROUNDS):
+        fitted = _rounded(groups, weights, *_fitted(weights, best[1], weighted, means))
+        is_better = fitted[0] < best[0]
+        best = tuple(torch.where(is_better, new, old) for new, old in zip(fitted, best, strict=True))
     _, codes, scales, offsets = best
     return (
         codes.to(torch.uint8).view(num_rows, -1)[:, :in_features],
@@ -79,28 +101,30 @@ def quantize_int4(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _rounded(groups: Tensor, scales: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """(squared error [num_groups, 1], codes, scales, offsets) with scales and offsets as they are stored."""
+def _rounded(groups: Tensor, weights: Tensor, scales: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """(weighted squared error [num_groups, 1], codes, scales, offsets) with the last two as stored."""
     scales, offsets = (
         numbers.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float() for numbers in (scales, offsets)
     )
     steps = torch.where(scales > 0, 1 / scales, 0.0)
     codes = (groups - offsets).mul_(steps).round_().clamp_(0, _LARGEST_CODE)
-    errors = torch.addcmul(offsets, codes, scales).sub_(groups).square_().sum(1, keepdim=True)
-    return errors, codes, scales, offsets
+    errors = torch.addcmul(offsets, codes, scales).sub_(groups).square_().mul_(weights)
+    return _sums(errors), codes, scales, offsets
 
 
-def _better(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of each group the candidate with the smaller error; the first where they are equal."""
-    is_second = second[0] < first[0]
-    return tuple(torch.where(is_second, new, old) for old, new in zip(first, second, strict=True))
+def _fitted(weights: Tensor, codes: Tensor, weighted: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and offset of the line of least squares from codes to values.
+
+    weights add up to 1 in each group; weighted are values times weights, and means their sums.
+    """
+    weighted_codes = weights * codes
+    code_means = _sums(weighted_codes)
+    variances = _sums(weighted_codes.mul_(codes)) - code_means.square()
+    covariances = _sums(weighted * codes) - code_means * means
+    scales = torch.where(variances > 0, covariances / variances.clamp(min=1e-30), 0.0).clamp_(min=0.0)
+    return scales, means - scales * code_means
 
 
-def _fitted(groups: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and offset that bring the codes closest to the group: the line of least squares."""
-    code_mean, mean = codes.mean(1, keepdim=True), groups.mean(1, keepdim=True)
-    centered = codes - code_mean
-    variance = centered.square().sum(1, keepdim=True)
-    covariance = centered.mul_(groups - mean).sum(1, keepdim=True)
-    scales = torch.where(variance > 0, covariance / variance.clamp(min=1e-30), 0.0).clamp_(min=0.0)
-    return scales, mean - scales * code_mean
+def _sums(groups: Tensor) -> Tensor:
+    """[num_groups, 1]; a product with ones is several times as fast as a sum over so few."""
+    return groups @ groups.new_ones(GROUP_SIZE, 1)

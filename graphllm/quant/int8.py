@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphllm.kernels.packed_weight import PackedFormat
 from graphllm.quant.packed import PackedScheme
+from graphllm.quant.scheme import CheckpointTensor, plain_tensors
 
 _FORMAT = PackedFormat(bits=8, group_size=None, scale_dtype=torch.float32)
 _LARGEST_CODE = 127
@@ -25,11 +26,10 @@ class Int8(PackedScheme):
     def format_of(self, in_features: int, out_features: int) -> PackedFormat:
         return _FORMAT
 
-    def checkpoint_shapes(
+    def checkpoint_tensors(
         self, in_features: int, out_features: int, *, bias: bool
-    ) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        return shapes | ({"bias": (out_features,)} if bias else {})
+    ) -> dict[str, CheckpointTensor]:
+        return plain_tensors(in_features, out_features, bias=bias)
 
     def load(self, layer: nn.Module, name: str, *, tensor: Tensor, first_row: int) -> None:
         if name == "bias":

@@ -6,8 +6,10 @@ Owns a layer's packed parameters, how rows get into them, and which product mult
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from graphllm.kernels.gated_activation import Activation
 from graphllm.kernels.linear import LinearProduct
 from graphllm.kernels.moe_sum import SharedPart, moe_sum
 from graphllm.kernels.moe_tiles import RoutedTokens
-from graphllm.kernels.packed_cpu import cpu_packed_product
+from graphllm.kernels.packed_cpu import PackedProduct, cpu_packed_product, library_form
 from graphllm.kernels.packed_grouped import (
     packed_grouped_gated,
     packed_grouped_gated_ref,
@@ -26,25 +28,33 @@ from graphllm.kernels.packed_grouped import (
 from graphllm.kernels.packed_grouped_sum import packed_grouped_sum, packed_grouped_sum_ref
 from graphllm.kernels.packed_linear import MAX_TILED_ROWS, packed_gated_linear
 from graphllm.kernels.packed_product import CardPackedProduct
-from graphllm.kernels.packed_weight import PackedFormat, PackedWeight, dequantize, pack_codes
+from graphllm.kernels.packed_weight import (
+    SYMMETRIC_ZERO,
+    PackedFormat,
+    PackedWeight,
+    dequantize,
+    pack_codes,
+)
 from graphllm.kernels.triton_support import runs_triton
+from graphllm.quant.scheme import CheckpointTensor
 
 
 class PackedScheme(ABC):
     """An ExpertScheme of packed weights; `plain` multiplies what has to be made plain first."""
 
     def __init__(self, plain: LinearProduct) -> None:
-        self.on_cpu = cpu_packed_product(plain)
+        self.on_cpu: PackedProduct = cpu_packed_product(plain)
         self.on_card = CardPackedProduct(plain)
+        self._finished = WeakKeyDictionary[nn.Module, PackedWeight]()
 
     @abstractmethod
     def format_of(self, in_features: int, out_features: int) -> PackedFormat:
         """How a layer of these sizes is stored."""
 
     @abstractmethod
-    def checkpoint_shapes(
+    def checkpoint_tensors(
         self, in_features: int, out_features: int, *, bias: bool
-    ) -> dict[str, tuple[int, ...]]:
+    ) -> dict[str, CheckpointTensor]:
         """See `LinearScheme`."""
 
     @abstractmethod
@@ -71,6 +81,8 @@ class PackedScheme(ABC):
         for name in {"zeros", "order", "codebook"} - form.shapes(out_features, in_features).keys():
             layer.register_parameter(name, None)
         self.on_card.reserve(out_features, in_features, form=form, device=device)
+        for name in ("library_codes", "library_scales"):
+            layer.register_buffer(name, None, persistent=False)
         values = torch.empty(out_features, device=device, dtype=dtype)
         layer.register_parameter("bias", nn.Parameter(values, requires_grad=False) if bias else None)
 
@@ -104,6 +116,10 @@ class PackedScheme(ABC):
 
     def packed(self, layer: nn.Module) -> PackedWeight:
         """The layer's weight, over its parameters' memory."""
+        finished = self._finished.get(layer)
+        return self._view(layer) if finished is None else finished
+
+    def _view(self, layer: nn.Module) -> PackedWeight:
         return PackedWeight(
             self._format(layer),
             cast(int, layer.in_features),
@@ -112,6 +128,8 @@ class PackedScheme(ABC):
             cast("Tensor | None", layer.zeros),
             cast("Tensor | None", layer.order),
             cast("Tensor | None", layer.codebook),
+            cast("Tensor | None", layer.library_codes),
+            cast("Tensor | None", layer.library_scales),
         )
 
     def dequantized_rows(
@@ -120,11 +138,42 @@ class PackedScheme(ABC):
         """Rows of the plain weight: [num_rows, in_features]."""
         return dequantize(self.packed(layer).rows(first_row, num_rows), dtype=dtype)
 
+    def fill_random(self, layer: nn.Module, *, generator: torch.Generator, deviation: float) -> None:
+        """Codes drawn evenly, and scales that give their values the deviation."""
+        form = self._format(layer)
+        codes, scales = cast(Tensor, layer.codes), cast(Tensor, layer.scales)
+        lowest, end = (0, 256) if form.bits == 4 else (-128, 128)  # a byte of 4 bits holds two codes
+        codes.random_(lowest, end, generator=generator)
+        values = torch.tensor(form.codebook or range(2**form.bits), dtype=torch.float32)
+        scale = deviation / float(values.std())
+        if form.scale_dtype == torch.uint8:
+            scales.fill_(127 + round(math.log2(scale)))
+        else:
+            scales.fill_(scale)
+        if form.zeros != "none":
+            middle = SYMMETRIC_ZERO[form.bits]
+            cast(Tensor, layer.zeros).fill_(middle if form.zeros == "integer" else -middle * scale)
+        if form.num_orders:
+            order = cast(Tensor, layer.order)
+            order.copy_(torch.arange(order.shape[1]).expand_as(order))
+        if (bias := cast("Tensor | None", layer.bias)) is not None:
+            bias.normal_(0.0, deviation, generator=generator)
+
     def _format(self, layer: nn.Module) -> PackedFormat:
         return self.format_of(cast(int, layer.in_features), len(cast(Tensor, layer.codes)))
 
-    def finish(self, layer: nn.Module) -> None:  # noqa: B027 - most schemes have nothing to do
-        """Nothing is left to do after the last tensor."""
+    def finish(self, layer: nn.Module) -> None:
+        """After the last tensor: prepare 4-bit codes for torch's product on a CPU, where it has one.
+
+        From now on the layer's tensors stay where they are. A stack's codes are not prepared: torch's form
+        cannot be cut into experts.
+        """
+        weight, is_stack = self._view(layer), hasattr(layer, "num_experts")
+        if weight.codes.device.type == "cpu" and not runs_triton(weight.codes) and not is_stack:
+            prepared = library_form(weight)
+            if prepared is not None:
+                layer.library_codes, layer.library_scales = prepared
+        self._finished[layer] = self._view(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, *, out: Tensor) -> None:
         product = self.on_card if runs_triton(x) else self.on_cpu

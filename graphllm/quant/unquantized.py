@@ -27,6 +27,7 @@ from graphllm.kernels.linear import LinearProduct
 from graphllm.kernels.moe_sum import SharedPart, moe_sum
 from graphllm.kernels.moe_tiles import RoutedTokens
 from graphllm.kernels.triton_support import runs_triton
+from graphllm.quant.scheme import CheckpointTensor, plain_tensors
 
 
 class Unquantized:
@@ -45,23 +46,35 @@ class Unquantized:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        for name, shape in self.checkpoint_shapes(in_features, out_features, bias=bias).items():
+        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features), "bias": (out_features,)}
+        if not bias:
+            del shapes["bias"]
+        for name, shape in shapes.items():
             values = torch.empty(shape, device=device, dtype=dtype)
             layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
         if not bias:
             layer.register_parameter("bias", None)
 
-    def checkpoint_shapes(
+    def checkpoint_tensors(
         self, in_features: int, out_features: int, *, bias: bool
-    ) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-        if bias:
-            shapes["bias"] = (out_features,)
-        return shapes
+    ) -> dict[str, CheckpointTensor]:
+        return plain_tensors(in_features, out_features, bias=bias)
 
     def load(self, layer: nn.Module, name: str, *, tensor: torch.Tensor, first_row: int) -> None:
         parameter = layer.get_parameter(name)
         parameter[first_row : first_row + tensor.shape[0]].copy_(tensor)
+
+    def finish(self, layer: nn.Module) -> None:
+        """Nothing is left to do."""
+
+    def fill_random(self, layer: nn.Module, *, generator: torch.Generator, deviation: float) -> None:
+        for parameter in layer.parameters(recurse=False):
+            parameter.normal_(0.0, deviation, generator=generator)
+
+    def dequantized_rows(
+        self, layer: nn.Module, first_row: int, num_rows: int, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return cast(torch.Tensor, layer.weight)[first_row : first_row + num_rows].to(dtype)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, *, out: torch.Tensor) -> None:
         weight, bias = cast(torch.Tensor, layer.weight), cast("torch.Tensor | None", layer.bias)

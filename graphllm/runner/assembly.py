@@ -17,6 +17,7 @@ from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
 from graphllm.models.pooling import Pooler, PoolingConfig
 from graphllm.models.served import ServedModel
+from graphllm.models.transformers_fallback import FallbackDecoder
 from graphllm.runner.device import Device
 from graphllm.runner.graph_runner import GraphRunner
 from graphllm.runner.memory_plan import StepLimits
@@ -64,6 +65,7 @@ class StepParts:
             max_num_seqs=self.buffers.max_num_seqs,
             device=self.device.graphs if enabled else None,
             max_bytes=max_bytes,
+            is_foreign=isinstance(self.model, FallbackDecoder),
         )
 
     def new_runner(
@@ -81,6 +83,7 @@ class StepParts:
             padding_slot=self.buffers.padding_slot,
             pooling=self.pooling.config,
             device=self.device,
+            num_groups=len(self.buffers.block_tables),
         )
         return ModelRunner(
             program,
@@ -131,6 +134,7 @@ def assemble_step(
             max_num_seqs=config.max_num_seqs,
             vocab_size=model.config.vocab_size,
             device=device.torch_device,
+            num_groups=model.config.kv_groups(max_model_len=limits.max_model_len).num_groups,
         ),
         buckets=StepBuckets.choose(
             max_num_seqs=config.max_num_seqs,

@@ -31,13 +31,13 @@ from graphllm.config import EngineConfig
 from graphllm.kernels.linear_choice import table_path
 from graphllm.kernels.skinny_linear import prefetches_weights
 from graphllm.kernels.triton_support import launch_options
-from graphllm.models.checkpoint import open_model, resolve_model
-from graphllm.models.config import ModelConfig, resolve_dtype
+from graphllm.models.checkpoint import Checkpoint, open_model, resolve_model
+from graphllm.models.config import resolve_dtype
 from graphllm.models.decoder import Decoder
-from graphllm.models.dummy import fill_random
+from graphllm.models.dummy import DummyCheckpoint, fill_random
+from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.weights import choose_product
-from graphllm.quant.unquantized import Unquantized
 from graphllm.runner.assembly import StepParts, assemble_step, choose_backend
 from graphllm.runner.device import Device, open_device
 from graphllm.runner.graph_runner import GraphRunner
@@ -135,6 +135,7 @@ def _fingerprint(config: EngineConfig) -> str:
     for path in (*sorted(sources), table_path()):
         digest.update(path.read_bytes())
     card = torch.device("cuda", torch.cuda.current_device())
+    checkpoint = _checkpoint(config)
     shapes = {name: getattr(config, name) for name in _FIELDS_THAT_KERNELS_SEE}
     what = (
         triton.__version__,
@@ -142,21 +143,27 @@ def _fingerprint(config: EngineConfig) -> str:
         torch.cuda.get_device_name(card),
         launch_options(card),
         prefetches_weights(),
-        _model_config(config),
+        read_model_config(checkpoint, find_family(checkpoint)),
+        read_quantization(checkpoint, asked=config.quantization).description,
         shapes,
     )
     digest.update(repr(what).encode())
     return digest.hexdigest()[:32]
 
 
-def _model_config(config: EngineConfig) -> ModelConfig:
-    checkpoint = open_model(resolve_model(config), config.load_format)
-    return read_model_config(checkpoint, find_family(checkpoint))
+def _checkpoint(config: EngineConfig) -> Checkpoint | DummyCheckpoint:
+    return open_model(resolve_model(config), config.load_format)
 
 
 def run_share(config: EngineConfig, share: str, device: Device) -> None:
     """Run the steps of one share, on padding alone, with random weights and one layer of each kind."""
-    model_config = _model_config(config)
+    checkpoint = _checkpoint(config)
+    family = find_family(checkpoint)
+    model_config = read_model_config(checkpoint, family)
+    quantization = read_quantization(checkpoint, asked=config.quantization)
+    tensors = (
+        None if isinstance(checkpoint, DummyCheckpoint) else quantization.source(checkpoint).tensor_names()
+    )
     torch_device = device.torch_device
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
@@ -164,10 +171,11 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
     )
     model_config = model_config.one_layer_of_each_kind()
     arena = Arena(torch_device)
+    product = choose_product(model_config, device=torch_device, dtype=dtype)
     model = Decoder(
         model_config,
         backend=choose_backend(config, limits, device, arena=arena),
-        scheme=Unquantized(choose_product(model_config, device=torch_device, dtype=dtype)),
+        schemes=quantization.schemes(model_config, product, tensors=tensors),
         device=torch_device,
         dtype=dtype,
     )
@@ -175,6 +183,7 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
     parts = assemble_step(config, limits, device, model=model, arena=arena)
     kv_shape = model_config.kv_cache_shape(
         block_size=config.block_size,
+        max_model_len=limits.max_model_len,
         dtype=resolve_kv_dtype(config.kv_cache_dtype, dtype),
     )
     program = parts.program(KVCache(kv_shape, 2, device=torch_device))

@@ -194,13 +194,13 @@ class CudaDevice:
 
     # -- graphs -----------------------------------------------------------------------------------
 
-    def begin_capture(self) -> GraphCapture:
+    def begin_capture(self, *, may_allocate: bool = False) -> GraphCapture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if not getattr(self._thread, "is_primed", False):
             self._prime_capture_stream()
             self._thread.is_primed = True
-        return _CudaCapture(self, self._capture_stream, pool=self._pool)
+        return _CudaCapture(self, self._capture_stream, pool=self._pool, may_allocate=may_allocate)
 
     def count_allocations(self) -> int:
         """How often torch has given out device memory so far."""
@@ -231,12 +231,16 @@ class CudaDevice:
 class _CudaCapture:
     """A capture in relaxed mode: between its slices the loop goes on launching and asking events.
 
-    All that a captured step writes was allocated before. What is allocated all the same stays valid as long
-    as the pool does, but it is memory that nobody planned: it is counted and reported.
+    All that a captured step of ours writes was allocated before. What is allocated all the same stays valid
+    as long as the pool does, but it is memory that nobody planned: it is counted and reported, unless it was
+    said beforehand that it may be (may_allocate).
     """
 
-    def __init__(self, device: CudaDevice, stream: torch.cuda.Stream, *, pool: Any) -> None:
+    def __init__(
+        self, device: CudaDevice, stream: torch.cuda.Stream, *, pool: Any, may_allocate: bool
+    ) -> None:
         self._device = device
+        self._may_allocate = may_allocate
         self._stream = stream
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -248,7 +252,8 @@ class _CudaCapture:
                 self._begin()
             before = self._device.count_allocations()
             yield
-            if allocated := self._device.count_allocations() - before:
+            allocated = self._device.count_allocations() - before
+            if allocated and not self._may_allocate:
                 self._device.num_capture_allocations += allocated
                 logger.warning("%d allocations inside a capture", allocated)
 

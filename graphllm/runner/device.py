@@ -72,7 +72,8 @@ class GraphCapture(Protocol):
 class GraphDevice(Protocol):
     """The part of a device that captures graphs.
 
-    num_capture_allocations counts what should never be: device memory allocated inside a capture.
+    num_capture_allocations counts what should never be: device memory allocated inside a capture, but for
+    those that `may_allocate`. What they allocate belongs to the graphs.
     """
 
     def on_stream(self) -> AbstractContextManager[None]:
@@ -80,7 +81,7 @@ class GraphDevice(Protocol):
 
     num_capture_allocations: int
 
-    def begin_capture(self) -> GraphCapture: ...
+    def begin_capture(self, *, may_allocate: bool = False) -> GraphCapture: ...
 
     def trim(self) -> None:
         """Give back memory that is held in reserve. Waits for the device: not while serving."""

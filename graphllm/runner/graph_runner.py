@@ -41,7 +41,9 @@ class GraphRunner:
     """Replays, captures and counts. Everything runs on the thread that launches steps.
 
     device None: nothing is ever captured, and steps run at their own sizes. max_bytes: device memory that
-    graphs may take together; when it is used up the rest stays eager.
+    graphs may take together; when it is used up the rest stays eager. is_foreign: the forward is that of a
+    module that is not ours: steps with prompts are not captured, and run at their own sizes, and captures may
+    allocate.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class GraphRunner:
         max_num_seqs: int,
         device: GraphDevice | None,
         max_bytes: int | None = None,
+        is_foreign: bool = False,
     ) -> None:
         self._program = program
+        self._is_foreign = is_foreign
         self._buckets = buckets
         self._max_num_seqs = max_num_seqs
         self._device = device
@@ -90,7 +94,7 @@ class GraphRunner:
             size = self._buckets.decode_size(max(num_rows, num_pairs)) if is_decode else None
             if size is not None:
                 return self.decode_shape(size)
-            size = self._buckets.token_size(num_tokens)
+            size = None if self._is_foreign else self._buckets.token_size(num_tokens)
             if size is not None:
                 return self.mixed_shape(size)
         return StepShape(AttentionBucket(num_tokens, num_rows, batch.num_decode_rows), num_pairs)
@@ -122,7 +126,7 @@ class GraphRunner:
         if bucket.is_decode:
             return bucket.num_rows in self._buckets.decode_sizes and key.shape.num_pairs == bucket.num_rows
         is_padded = bucket.num_rows == key.shape.num_pairs == self._max_num_seqs
-        return is_padded and bucket.num_tokens in self._buckets.token_sizes
+        return not self._is_foreign and is_padded and bucket.num_tokens in self._buckets.token_sizes
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -175,7 +179,8 @@ class GraphRunner:
             if key is None:
                 return
             assert self._device is not None, "graphs are wanted where they can be captured"
-            self._pending = _PendingCapture(key, self._work(key), self._device.begin_capture())
+            capture = self._device.begin_capture(may_allocate=self._is_foreign)
+            self._pending = _PendingCapture(key, self._work(key), capture, self._device.free_bytes())
         pending = self._pending
         try:
             if pending.step():
@@ -206,7 +211,9 @@ class GraphRunner:
         0 where the device cannot tell.
         """
         keys = self.default_keys()
-        samples = [keys[0], GraphKey(self.mixed_shape(self._buckets.token_sizes[-1]), SamplerKind.GENERAL)]
+        samples = keys[:1]
+        if not self._is_foreign:
+            samples.append(GraphKey(self.mixed_shape(self._buckets.token_sizes[-1]), SamplerKind.GENERAL))
         for key in samples:
             for _ in self._capture_in_slices(key):
                 pass
@@ -219,6 +226,8 @@ class GraphRunner:
             for size in reversed(self._buckets.decode_sizes)
             for sampler in (SamplerKind.GREEDY, SamplerKind.GENERAL)
         ]
+        if self._is_foreign:
+            return decode
         mixed = [
             GraphKey(self.mixed_shape(size), SamplerKind.GENERAL)
             for size in reversed(self._buckets.token_sizes)
@@ -256,22 +265,22 @@ class GraphRunner:
 
     def _finish(self, pending: _PendingCapture) -> None:
         assert self._device is not None, "a capture is under way"
-        free_bytes = self._device.free_bytes()
         self._graphs[pending.key] = pending.capture.end()
-        self.num_bytes += max(0, free_bytes - self._device.free_bytes())
+        self.num_bytes += max(0, pending.free_bytes - self._device.free_bytes())
         logger.debug("captured %s", pending.key)
         if not self._wanted:
             logger.info("%d graphs captured, %.0f MiB", len(self._graphs), self.num_bytes / 1024**2)
 
 
 class _PendingCapture:
-    """One capture under way."""
+    """One capture under way. free_bytes: of the device before it, which may take memory from the start on."""
 
-    __slots__ = ("_work", "capture", "key")
+    __slots__ = ("_work", "capture", "free_bytes", "key")
 
-    def __init__(self, key: GraphKey, work: Iterator[None], capture: GraphCapture) -> None:
+    def __init__(self, key: GraphKey, work: Iterator[None], capture: GraphCapture, free_bytes: int) -> None:
         self.key = key
         self.capture = capture
+        self.free_bytes = free_bytes
         self._work = work
 
     def step(self) -> bool:

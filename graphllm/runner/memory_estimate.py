@@ -15,6 +15,8 @@ from graphllm.kernels.linear import linear_ref
 from graphllm.layers.norm import Norm
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
+from graphllm.models.quantization import ModelQuantization
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 from graphllm.runner.memory_plan import StepLimits, num_logit_lines
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
@@ -40,15 +42,18 @@ class WeightBytes:
         return self.embedding + self.attention + self.feed_forward + self.norms + self.head
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> WeightBytes:
-    """The parameters that `Decoder` has with this configuration, all of them in `dtype`.
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, *, quantization: ModelQuantization | None = None
+) -> WeightBytes:
+    """The parameters that `Decoder` has with this configuration, those of plain numbers in `dtype`.
 
     Counted on the decoder itself, built without memory.
     """
+    plain = one_scheme(Unquantized(linear_ref))
     model = Decoder(
         config,
         backend=PagedAttention(block_size=1),
-        scheme=Unquantized(linear_ref),
+        schemes=plain if quantization is None else quantization.schemes(config, linear_ref),
         device=torch.device("meta"),
         dtype=dtype,
     )
@@ -72,9 +77,13 @@ def estimate_arena_bytes(
     config: ModelConfig, dtype: torch.dtype, *, limits: StepLimits, max_num_seqs: int
 ) -> int:
     """Intermediates of the largest step, as decoder and sampler share them in the arena."""
-    query_size = config.num_heads * config.head_dim
-    qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
-    up_sizes, inner_sizes, routing_sizes = [qkv_size], [query_size], [0]
+    query_size, latent = config.num_heads * config.head_dim, config.latent
+    up_sizes, inner_sizes, routing_sizes = [0], [query_size], [0]
+    if latent is None:
+        up_sizes.append(query_size + 2 * config.num_kv_heads * config.head_dim)
+    else:  # queries, before and behind attention
+        up_sizes += [config.num_heads * size for size in (latent.width, latent.value_dim)]
+        inner_sizes.append(config.num_heads * latent.key_value_rank)
     for moe in {layer.moe for layer in config.layers}:
         size = config.intermediate_size if moe is None else moe.shared_intermediate_size
         up_sizes.append((1 + config.is_gated) * size)
@@ -98,22 +107,19 @@ def estimate_arena_bytes(
 
 
 def _latent_size(config: ModelConfig) -> int:
-    """A token's latents, as they come and normed, and the key and value heads that come out of them."""
+    """A token's latents as they come, and that of its queries normed."""
     latent = config.latent
-    if latent is None:
-        return 0
-    narrow = (latent.query_rank or 0) + latent.key_value_rank
-    plain_dim = config.head_dim - latent.turned_dim
-    return 2 * narrow + latent.turned_dim + config.num_heads * (plain_dim + latent.value_dim)
+    return 0 if latent is None else 2 * (latent.query_rank or 0) + latent.width
 
 
 def estimate_table_bytes(config: ModelConfig, limits: StepLimits, *, max_num_seqs: int) -> int:
     """Slot tables, step inputs, logits and masks of the sampled rows, scores of prompt tokens."""
-    ids_per_slot = limits.max_model_len + 1 + limits.max_blocks_per_sequence
+    num_groups = config.kv_groups(max_model_len=limits.max_model_len).num_groups
+    ids_per_slot = limits.max_model_len + 1 + num_groups * limits.table_width
     bytes_per_slot = 4 * ids_per_slot + 8 * MAX_LOGIT_BIAS + _SAMPLING_BYTES_PER_SLOT
     num_logits = num_logit_lines(limits, max_num_seqs) * config.vocab_size
-    # Id, position and place in the cache; where and what is scored, logprob and rank, the alternatives.
-    bytes_per_token = 3 * 8 + 2 * 8 + 2 * 4 + MAX_LOGPROBS * (8 + 4)
+    # Id, position and places in the cache; where and what is scored, logprob and rank, the alternatives.
+    bytes_per_token = (2 + num_groups) * 8 + 2 * 8 + 2 * 4 + MAX_LOGPROBS * (8 + 4)
     return (
         (limits.num_slots + 1) * bytes_per_slot
         + 4 * num_logits

@@ -43,7 +43,14 @@ class StepLimits:
 
     @property
     def max_blocks_per_sequence(self) -> int:
+        """Columns of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a row of a block table: no less, and 16 bytes of int32 at a time, so that a kernel finds
+        each group's tables aligned alike."""
+        return -(-self.max_blocks_per_sequence // 4) * 4
 
 
 def num_logit_lines(limits: StepLimits, max_num_seqs: int) -> int:
@@ -55,10 +62,12 @@ def num_logit_lines(limits: StepLimits, max_num_seqs: int) -> int:
 class MemoryPlan(StepLimits):
     """What the engine works out from the configuration; never written back to it.
 
-    num_blocks counts the null block.
+    num_blocks counts the null block. most_blocks_of_a_sequence: what the longest one holds at once, in all
+    groups of layers.
     """
 
     num_blocks: int
+    most_blocks_of_a_sequence: int
     bytes_per_block: int
 
     @property
@@ -142,7 +151,7 @@ def plan_memory(
     least_bytes = _least_bytes(limits, kv_shape)
     asked = config.kv_cache_memory_bytes
     # Nobody asked for more than what runs at once and, in the prefix cache, as much again.
-    most_bytes = 2 * _most_running_blocks(config, limits) * kv_shape.bytes_per_block
+    most_bytes = 2 * _most_running_blocks(config, limits, kv_shape=kv_shape) * kv_shape.bytes_per_block
     default = min(_DEFAULT_KV_LIMIT, int(free_bytes * _DEFAULT_KV_FRACTION), most_bytes)
     wanted = asked or max(least_bytes, default)
     if asked is not None and asked < least_bytes <= free_bytes:
@@ -151,7 +160,7 @@ def plan_memory(
         raise ConfigError(
             f"The KV cache needs {_gib(max(wanted, least_bytes))} and {_gib(free_bytes)} are free: lower "
             f"--kv-cache-memory-bytes to at most {max(0, free_bytes)}, and --max-model-len to at most "
-            f"{_fitting_tokens(free_bytes, kv_shape)} tokens."
+            f"{_fitting_tokens(free_bytes, limits, kv_shape=kv_shape)} tokens."
         )
     return _plan(config, limits, kv_shape=kv_shape, kv_bytes=wanted)
 
@@ -227,39 +236,49 @@ def plan_pinned_blocks(config: EngineConfig, plan: MemoryPlan) -> int:
     """How many blocks pinned prefixes may hold: their share, and never the longest sequence's room."""
     num_usable_blocks = plan.num_blocks - 1
     share = int(config.max_pinned_share * num_usable_blocks)
-    return max(0, min(share, num_usable_blocks - plan.max_blocks_per_sequence))
+    return max(0, min(share, num_usable_blocks - plan.most_blocks_of_a_sequence))
 
 
 def _plan(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape, kv_bytes: int) -> MemoryPlan:
     num_blocks = kv_bytes // kv_shape.bytes_per_block
     if not config.enable_prefix_caching:
         # Beyond every sequence at full length, blocks would never be used.
-        num_blocks = min(num_blocks, _most_running_blocks(config, limits))
+        num_blocks = min(num_blocks, _most_running_blocks(config, limits, kv_shape=kv_shape))
     return MemoryPlan(
         **{field.name: getattr(limits, field.name) for field in fields(limits)},
         num_blocks=num_blocks,
+        most_blocks_of_a_sequence=_most_blocks(limits, kv_shape),
         bytes_per_block=kv_shape.bytes_per_block,
     )
 
 
-def _most_running_blocks(config: EngineConfig, limits: StepLimits) -> int:
+def _most_blocks(limits: StepLimits, kv_shape: KVCacheShape) -> int:
+    """What a sequence at full length takes at the most."""
+    return kv_shape.layout.num_at_most(limits.max_model_len, max_step_tokens=limits.max_num_batched_tokens)
+
+
+def _most_running_blocks(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape) -> int:
     """What every sequence at full length takes, and the null block."""
-    return config.max_num_seqs * limits.max_blocks_per_sequence + 1
+    return config.max_num_seqs * _most_blocks(limits, kv_shape) + 1
 
 
 def _least_bytes(limits: StepLimits, kv_shape: KVCacheShape) -> int:
     """A full sequence and the null block; `n` > 1 at full length preempts, but runs."""
-    return (limits.max_blocks_per_sequence + 1) * kv_shape.bytes_per_block
+    return (_most_blocks(limits, kv_shape) + 1) * kv_shape.bytes_per_block
 
 
-def _fitting_tokens(kv_bytes: int, kv_shape: KVCacheShape) -> int:
+def _fitting_tokens(kv_bytes: int, limits: StepLimits, *, kv_shape: KVCacheShape) -> int:
     """The longest sequence that so much memory holds, in whole blocks."""
-    return max(0, kv_bytes // kv_shape.bytes_per_block - 1) * kv_shape.block_size
+    return kv_shape.layout.longest_fitting(
+        max(0, kv_bytes // kv_shape.bytes_per_block - 1),
+        max_step_tokens=limits.max_num_batched_tokens,
+        at_most=limits.max_model_len,
+    )
 
 
 def _asked_too_little(asked: int, limits: StepLimits, *, kv_shape: KVCacheShape) -> ConfigError:
     least_bytes = _least_bytes(limits, kv_shape)
-    tokens = _fitting_tokens(asked, kv_shape)
+    tokens = _fitting_tokens(asked, limits, kv_shape=kv_shape)
     advice = f", or lower --max-model-len to at most {tokens}" if tokens else ""
     return ConfigError(
         f"--kv-cache-memory-bytes {asked} ({_gib(asked)}) holds {tokens} tokens, but one sequence of "
@@ -283,7 +302,7 @@ def _advice(config: EngineConfig, limits: StepLimits, *, kv_shape: KVCacheShape,
     kv_bytes = memory.kv_bytes(config.gpu_memory_utilization)
     missing = _least_bytes(limits, kv_shape) - kv_bytes
     changes = []
-    if tokens := _fitting_tokens(kv_bytes, kv_shape):
+    if tokens := _fitting_tokens(kv_bytes, limits, kv_shape=kv_shape):
         fewer = limits.max_model_len - tokens
         changes.append(f"lower --max-model-len to at most {tokens} ({fewer} tokens fewer)")
     bytes_per_step_token = memory.arena_bytes / limits.max_num_batched_tokens

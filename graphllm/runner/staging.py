@@ -7,7 +7,6 @@ that no copy waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,10 +149,13 @@ class StagingRing:
         padding_slot: int,
         pooling: PoolingConfig,
         device: Device,
+        num_groups: int = 1,
         depth: int = 3,
     ) -> None:
         self._device = device
-        self._max_blocks = limits.max_blocks_per_sequence
+        self._table_width = limits.table_width
+        self._num_groups = num_groups
+        self._tables_size = (limits.num_slots + 1) * limits.table_width  # entries of a group's tables
         self._padding_slot = padding_slot
         self._max_num_seqs = max_num_seqs
         self._pooling = pooling
@@ -291,8 +293,7 @@ class StagingRing:
                 if is_prompt:
                     prompts[sequence.group] = staged
             entry.installs.append(_StagedTokens(install.slot, staged))
-            blocks.extend(sequence.block_table)
-            block_index.extend(self._block_range(install.slot, 0, len(sequence.block_table)))
+            self._stage_blocks(install.slot, 0, sequence.block_table, to=(blocks, block_index))
             row = pack_sampling_row(
                 sequence.params,
                 seed=sequence.group.seed,
@@ -306,8 +307,7 @@ class StagingRing:
         new_slots = {install.slot for install in batch.installs}
         for append in batch.block_appends:
             if append.slot not in new_slots:  # a new slot's table is whole already
-                blocks.extend(append.blocks)
-                block_index.extend(self._block_range(append.slot, append.start, len(append.blocks)))
+                self._stage_blocks(append.slot, append.start, append.blocks, to=(blocks, block_index))
         entry.tokens.write(tokens)
         entry.blocks.write(blocks)
         entry.block_index.write(block_index)
@@ -315,9 +315,16 @@ class StagingRing:
         entry.lengths.write([install.num_computed_tokens for install in batch.installs])
         _stage_sampling(entry, sampling)
 
-    def _block_range(self, slot: int, start: int, count: int) -> Iterable[int]:
-        first = slot * self._max_blocks + start
-        return range(first, first + count)
+    def _stage_blocks(
+        self, slot: int, start: int, entries: SequenceOf[int], *, to: tuple[list[int], list[int]]
+    ) -> None:
+        """Add to `to` the entries of columns from `start` on, and where they go in the flat device tables."""
+        blocks, block_index = to
+        for group in range(self._num_groups):
+            of_group = entries[group :: self._num_groups]
+            first = group * self._tables_size + slot * self._table_width + start
+            blocks.extend(of_group)
+            block_index.extend(range(first, first + len(of_group)))
 
 
 def _stage_sampling(entry: StagingEntry, rows: list[tuple[int, SamplingRow]]) -> None:

@@ -30,7 +30,7 @@ class StepBuffers:
     token_table: [num_slots + 1, max_model_len + 1] int32, prompt and output of the slot's sequence.
     num_computed_tokens: [num_slots + 1] int64, positions whose KV is computed; also the position that
         the next sampled token takes once a step's forward is done.
-    block_tables: [num_slots + 1, max_blocks] int32.
+    block_tables: [num_groups, num_slots + 1, table_width] int32, of each group of layers.
     rows: [4, max_num_seqs] int64: slots and lengths of the step's rows, rows and slots of its pairs;
         rows_version says which upload they are from.
     subset: [2, max_num_seqs] int64: lines and slots of pairs that are sampled by themselves.
@@ -42,7 +42,13 @@ class StepBuffers:
     """
 
     def __init__(
-        self, limits: StepLimits, *, max_num_seqs: int, vocab_size: int, device: torch.device
+        self,
+        limits: StepLimits,
+        *,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: torch.device,
+        num_groups: int = 1,
     ) -> None:
         num_slots = limits.num_slots + 1
         self.padding_slot = limits.num_slots
@@ -50,7 +56,7 @@ class StepBuffers:
         self.token_table = torch.zeros(num_slots, limits.max_model_len + 1, dtype=torch.int32, device=device)
         self.num_computed_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.block_tables = torch.zeros(
-            num_slots, limits.max_blocks_per_sequence, dtype=torch.int32, device=device
+            num_groups, num_slots, limits.table_width, dtype=torch.int32, device=device
         )
         self.sampling = SamplingTables.allocate(num_slots, device=device)
         self.rows = torch.zeros(NUM_ROW_VECTORS, max_num_seqs, dtype=torch.int64, device=device)
@@ -66,14 +72,14 @@ class StepBuffers:
         num_slices = -(-max_num_tokens // num_lines)
         self.scores = ScoreLines.allocate(num_slices * num_lines, partial(torch.zeros, device=device))
 
-        def numbers(size: int) -> torch.Tensor:
+        def numbers(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
         self._inputs = StepInputs(
             context_lens=numbers(max_num_seqs),
             query_starts=numbers(max_num_seqs + 1),
             positions=numbers(max_num_tokens),
-            slot_mapping=numbers(max_num_tokens),
+            slot_mapping=numbers(num_groups, max_num_tokens + max_num_tokens % 2),  # groups aligned alike
             token_ids=numbers(max_num_tokens),
             sampled_tokens=numbers(max_num_seqs),
         )
@@ -97,7 +103,7 @@ class StepBuffers:
             context_lens=inputs.context_lens[:num_rows],
             query_starts=inputs.query_starts[: num_rows + 1],
             positions=inputs.positions[:num_tokens],
-            slot_mapping=inputs.slot_mapping[:num_tokens],
+            slot_mapping=inputs.slot_mapping[:, :num_tokens],
             token_ids=inputs.token_ids[:num_tokens],
             sampled_tokens=inputs.sampled_tokens[:num_pairs],
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.cache.kv_cache import KVCache
 from graphllm.kernels.sampled_rows import SampledRows
 from graphllm.kernels.step_inputs import step_inputs
@@ -79,8 +79,7 @@ class StepProgram:
             context_lens=inputs.context_lens,
             query_starts=inputs.query_starts,
             positions=inputs.positions,
-            slot_mapping=inputs.slot_mapping,
-            block_tables=buffers.block_tables,
+            groups=tuple(map(GroupInputs, inputs.slot_mapping.unbind(), buffers.block_tables.unbind())),
         )
         metadata = self._backend.plan(attention_inputs, bucket)
         self._backend.begin_step(metadata)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
+from graphllm.cache.block_manager import NULL_BLOCK
+from graphllm.cache.prefix_hash import content_key
 from graphllm.scheduler.queues import is_moved, place
 from graphllm.sequence import Sequence, SequenceStatus
 
@@ -20,6 +22,8 @@ def check(scheduler: Scheduler, *, full: bool) -> None:
     """See `Scheduler.check`. Raises AssertionError."""
     manager = scheduler.block_manager
     _check_written_blocks(scheduler)
+    if full or manager.layout.windowed:
+        _check_windows(scheduler)
     tables = _device_holders(scheduler)
     if not full:
         manager.check_touched(tables)
@@ -56,6 +60,7 @@ def _check_written_blocks(scheduler: Scheduler) -> None:
     if batch is None:
         return
     manager = scheduler.block_manager
+    layout = manager.layout
     num_sharers = [1] * len(batch.rows)
     for pair in batch.pairs:
         num_sharers[pair.row] += pair.sequence is not batch.rows[pair.row].sequence
@@ -64,7 +69,9 @@ def _check_written_blocks(scheduler: Scheduler) -> None:
         if row.sequence.slot != row.slot:  # it has ended since
             continue
         first = (end - row.num_tokens) // manager.block_size
-        for block in row.sequence.block_table[first : manager.num_blocks_for(end)]:
+        written = slice(first * layout.num_groups, layout.num_columns(end) * layout.num_groups)
+        for block in row.sequence.block_table[written]:
+            assert block != NULL_BLOCK, "a row writes where it has no block"
             assert manager.reference_count(block) <= most, "a block is written that others hold"
 
 
@@ -73,19 +80,36 @@ def _check_hashes(scheduler: Scheduler) -> None:
     if not scheduler.limits.enable_prefix_caching:
         return
     manager = scheduler.block_manager
-    size = manager.block_size
+    size, num_groups = manager.block_size, manager.layout.num_groups
     for sequence in (*scheduler.running, *scheduler.moved):
-        num_blocks = min(len(sequence.token_ids) // size, len(sequence.block_table))
+        num_full = min(len(sequence.token_ids) // size, len(sequence.block_table) // num_groups)
         hashes: list[bytes] = []
         scheduler.hasher.extend(
-            hashes, sequence.token_ids, num_blocks=num_blocks, cache_salt=sequence.group.cache_salt
+            hashes, sequence.token_ids, num_blocks=num_full, cache_salt=sequence.group.cache_salt
         )
-        for block, expected in zip(sequence.block_table, hashes, strict=False):
+        keys = [content_key(content_hash, group) for content_hash in hashes for group in range(num_groups)]
+        for block, expected in zip(sequence.block_table, keys, strict=False):
             assert manager.hash_of(block) in (None, expected), "a block's hash differs from its content"
-        for block in sequence.block_table[num_blocks:]:
+        for block in sequence.block_table[len(keys) :]:
             assert manager.hash_of(block) is None, "a block that is not full has a hash"
         known = sequence.block_hashes
-        assert known[:num_blocks] == hashes[: len(known)], "a sequence's hashes differ from its tokens"
+        assert known[:num_full] == hashes[: len(known)], "a sequence's hashes differ from its tokens"
+
+
+def _check_windows(scheduler: Scheduler) -> None:
+    """Every group has what its window shows to a token still to come, and no more than it may hold."""
+    layout = scheduler.block_manager.layout
+    num_groups, most = layout.num_groups, scheduler.limits.max_num_batched_tokens
+    for sequence in (*scheduler.running, *scheduler.moved):
+        table: SequenceOf[object] = sequence.block_table or sequence.host_blocks
+        absent = NULL_BLOCK if sequence.block_table else None
+        assert len(table) % num_groups == 0, "a column that not all groups have"
+        for group, window in enumerate(layout.windows):
+            is_there = [entry != absent for entry in table[group::num_groups]]
+            first = layout.first_column(sequence.num_settled_tokens, window)
+            assert all(is_there[first:]), "a block inside a window was released"
+            assert sorted(is_there) == is_there, "a block behind a released one is held"
+            assert sum(is_there) <= layout.most_columns(window, most), "blocks behind a window are held"
 
 
 def _check_queues(scheduler: Scheduler) -> None:

@@ -38,8 +38,9 @@ class Preemption:
     @property
     def num_blocks_soon_at_most(self) -> int:
         """A bound of the blocks that two more steps take, without looking at each sequence."""
-        num_prefill_blocks = self._manager.num_blocks_for(2 * self._max_num_batched_tokens)
-        return 2 * len(self._queues.running) + num_prefill_blocks
+        layout = self._manager.layout
+        num_prefill_columns = layout.num_columns(2 * self._max_num_batched_tokens)
+        return (2 * len(self._queues.running) + num_prefill_columns) * layout.num_groups
 
     @property
     def num_blocks_coming(self) -> int:
@@ -78,11 +79,16 @@ class Preemption:
                 needed -= needs[victim]
 
     def _num_blocks_soon(self, sequence: Sequence) -> int:
-        """Blocks that two more steps of a sequence take at the worst: one, unless it ends or is a prompt."""
+        """Blocks that two more steps of a sequence take at the worst: in each group one, unless it ends or is
+        a prompt.
+
+        Those that fall behind windows meanwhile may still be behind a fence.
+        """
+        layout = self._manager.layout
         num_tokens = min(sequence.num_uncomputed_tokens + 1, 2 * self._max_num_batched_tokens)
         num_tokens = max(2, num_tokens, self._manager.block_size)
         end = min(sequence.num_computed_tokens + num_tokens, sequence.group.max_total_tokens)
-        return max(0, self._manager.num_blocks_for(end) - len(sequence.block_table))
+        return max(0, layout.num_columns(end) * layout.num_groups - len(sequence.block_table))
 
     def victim(self, spared: set[Sequence]) -> Sequence | None:
         """The last in order that is not among `spared` and has not just come back."""

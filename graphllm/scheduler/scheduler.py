@@ -170,6 +170,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run before a step in flight or a transfer ends."""
+        self.last_batch = None
         step = self._build()
         if not step.batch.rows and self.running and self._preemption.nothing_is_coming:
             # Everybody lacks a block, and whoever might give way has only just come back.
@@ -260,12 +261,11 @@ class Scheduler:
     @property
     def unused_share(self) -> float:
         """Allocated KV positions that hold no token and are kept for one, over all that are held."""
-        size = self.block_manager.block_size
+        layout, size = self.block_manager.layout, self.block_manager.block_size
         unused: dict[int, int] = {}  # by last block, which siblings share until they write to it
         for each in (*self.running, *self.moved):
-            if each.block_table:
-                spare = len(each.block_table) * size - each.num_computed_tokens
-                last = each.block_table[-1]
+            spare = len(each.block_table) // layout.num_groups * size - each.num_computed_tokens
+            for last in each.block_table[-layout.num_groups :]:
                 unused[last] = min(spare, unused.get(last, spare))
         held = self.block_manager.num_held_blocks * size
         return sum(unused.values()) / held if held else 0.0
@@ -315,6 +315,7 @@ class Scheduler:
     def _start_arrived(self, step: StepBuilder) -> None:
         """Start the sequences whose blocks have been copied up; they hold room for a token more."""
         manager = self.block_manager
+        num_groups = manager.layout.num_groups
         for sequence in tuple(self.moved):
             if step.budget == 0 or not step.has_slot:
                 return
@@ -325,7 +326,8 @@ class Scheduler:
             if sequence.status is SequenceStatus.WAITING:
                 self._count_cached(sequence, num_computed_tokens)
             step.start(sequence, num_computed_tokens=num_computed_tokens)
-            room = (len(sequence.block_table) + manager.num_free_blocks) * manager.block_size
+            num_columns = (len(sequence.block_table) + manager.num_free_blocks) // num_groups
+            room = num_columns * manager.block_size
             num_tokens = min(step.budget, sequence.num_uncomputed_tokens, room - num_computed_tokens)
             added = step.add(sequence, num_tokens)
             assert added, "room was reserved"
@@ -342,22 +344,26 @@ class Scheduler:
             if waiting is None or waiting.num_in_flight_tokens:  # preempted; its last token is not known yet
                 return
             hit = self._look_up(waiting, in_haste=bool(step.batch.rows))
-            if hit is None or not self._has_room_for(waiting, hit):
+            if hit is None:
+                return
+            fetches = not waiting.skips_host_lookup and self.tiers.should_fetch(hit)
+            table = hit.fetched_table if fetches else hit.device_table
+            if not self._has_room_for(waiting, table):
                 return
             if waiting.group.in_one_step and waiting.num_uncomputed_tokens > step.budget:
                 return
             self.waiting.popleft()
-            if not waiting.skips_host_lookup and self.tiers.should_fetch(hit):
+            if fetches:
                 self.tiers.fetch(waiting, hit)
             else:
-                self._start_prompt(waiting, hit.device_blocks, step=step)
+                self._start_prompt(waiting, table, step=step)
 
-    def _start_prompt(self, sequence: Sequence, cached_blocks: list[int], *, step: StepBuilder) -> None:
+    def _start_prompt(self, sequence: Sequence, cached_table: list[int], *, step: StepBuilder) -> None:
         """Start a sequence from the blocks of its prompt that are on the device."""
-        self.prefixes.start_from(sequence, cached_blocks)
-        sequence.block_table = list(cached_blocks)
-        sequence.num_published_blocks = len(cached_blocks)
-        num_cached_tokens = len(cached_blocks) * self.block_manager.block_size
+        self.prefixes.start_from(sequence, cached_table)
+        sequence.block_table = list(cached_table)
+        sequence.num_published_columns = len(cached_table) // self.block_manager.layout.num_groups
+        num_cached_tokens = sequence.num_published_columns * self.block_manager.block_size
         self._count_cached(sequence, num_cached_tokens)
         step.start(sequence, num_computed_tokens=num_cached_tokens)
         added = step.add(sequence, min(step.budget, sequence.num_uncomputed_tokens))
@@ -378,12 +384,20 @@ class Scheduler:
         max_new_hashes = _MAX_NEW_HASHES if in_haste else None
         return self.prefixes.look_up(sequence, self.host_tier, max_new_hashes=max_new_hashes)
 
-    def _has_room_for(self, sequence: Sequence, hit: PrefixHit) -> bool:
+    def _has_room_for(self, sequence: Sequence, cached_table: list[int]) -> bool:
+        """Whether there are blocks for all that a waiting sequence needs at once, but for those it has."""
         manager = self.block_manager
-        num_blocks = manager.num_blocks_for(sequence.num_uncomputed_tokens) - len(hit.device_blocks)
-        num_blocks += sum(manager.reference_count(block) == 0 for block in hit.device_blocks)
+        num_groups = manager.layout.num_groups
+        num_blocks = manager.layout.num_at_most(
+            sequence.num_uncomputed_tokens,
+            max_step_tokens=self.limits.max_num_batched_tokens,
+            num_present=len(cached_table) // num_groups,
+        )
+        # Blocks that others hold cost nothing; those that nobody holds are free now.
+        num_blocks -= sum(manager.reference_count(block) > 0 for block in cached_table)
         # Leave each running sequence, this one too, room for the step in flight and the next.
-        return num_blocks + len(self.running) + 1 <= manager.num_free_blocks or self._is_alone()
+        num_spare = (len(self.running) + 1) * num_groups
+        return num_blocks + num_spare <= manager.num_free_blocks or self._is_alone()
 
     def _is_alone(self) -> bool:
         """Whether nobody runs, and nobody holds blocks that will be free or run again."""
@@ -395,7 +409,8 @@ class Scheduler:
 
     def _swap_in(self, sequence: Sequence) -> bool:
         """Bring the first swapped sequence back; False when it waits for room, a step or its copy out."""
-        num_spare_blocks = 0 if self._is_alone() else len(self.running) + 1
+        num_spare = (len(self.running) + 1) * self.block_manager.layout.num_groups
+        num_spare_blocks = 0 if self._is_alone() else num_spare
         outcome = self.tiers.swap_in(sequence, num_spare_blocks=num_spare_blocks)
         if outcome is SwapInOutcome.LOST:
             self.tiers.recompute(sequence)

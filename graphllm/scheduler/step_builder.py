@@ -14,6 +14,7 @@ from graphllm.scheduler.preemption import Preemption
 from graphllm.scheduler.prefix_sharing import PrefixSharing
 from graphllm.scheduler.queues import Queues
 from graphllm.scheduler.slots import SlotAllocator
+from graphllm.scheduler.windows import release_behind_windows
 from graphllm.sequence import Sequence, SequenceStatus
 
 
@@ -122,15 +123,22 @@ class StepBuilder:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to hold `num_tokens` more, preempting if need be.
 
-        A block that others hold too is copied with this step, before it is written. False leaves the
-        sequence out of this step: it was preempted itself, or the blocks it needs wait behind a fence or a
-        copy, and preempting more would free nothing now.
+        What has fallen behind windows is released where a column is added. A column that others hold too is
+        copied with this step, before it is written. False leaves the sequence out of this step: it was
+        preempted itself, or the blocks it needs wait behind a fence or a copy, and preempting more would free
+        nothing now.
         """
         manager, table = self._manager, sequence.block_table
-        first, num_written = divmod(sequence.num_computed_tokens, manager.block_size)
-        total = manager.num_blocks_for(sequence.num_computed_tokens + num_tokens)
+        layout = manager.layout
+        num_groups = layout.num_groups
+        column, num_written = divmod(sequence.num_computed_tokens, layout.block_size)
+        first = column * num_groups
+        total = layout.num_columns(sequence.num_computed_tokens + num_tokens) * num_groups
+        if total > len(table) and layout.windowed:
+            release_behind_windows(sequence, manager)
         while True:
-            copies = num_written > 0 and manager.reference_count(table[first]) > 1
+            # Whoever holds a column that is not full holds it in every group.
+            copies = num_groups if num_written > 0 and manager.reference_count(table[first]) > 1 else 0
             missing = total - len(table) + copies
             if missing <= 0:
                 return True
@@ -146,13 +154,15 @@ class StepBuilder:
                 return False
         blocks = manager.allocate(missing)
         if copies:
-            assert first == len(table) - 1, "only the last block is written"
-            source = table.pop()
-            self.batch.copies.append((source, blocks[0]))
+            assert first == len(table) - num_groups, "only the last column is written"
+            sources = table[first:]
+            del table[first:]
+            self.batch.copies.extend(zip(sources, blocks, strict=False))
             manager.fence_next_step(self.batch.step_id)
-            manager.release((source,))
+            manager.release(sources)
         assert sequence.slot is not None
-        self.batch.block_appends.append(BlockAppend(sequence.slot, len(table), tuple(blocks)))
+        start = len(table) // num_groups
+        self.batch.block_appends.append(BlockAppend(sequence.slot, start, tuple(blocks)))
         table.extend(blocks)
         return True
 
@@ -186,12 +196,13 @@ class StepBuilder:
         """
         leader.group.siblings_joined = True
         manager = self._manager
-        table = leader.block_table[: manager.num_blocks_for(leader.num_prompt_tokens)]
+        layout = manager.layout
+        table = leader.block_table[: layout.num_columns(leader.num_prompt_tokens) * layout.num_groups]
         num_joined = 0
         for sibling in leader.group.sequences[1:]:
             if sibling.is_finished:
                 continue
-            if not self.has_slot or num_joined >= manager.num_free_blocks:
+            if not self.has_slot or (num_joined + 1) * layout.num_groups > manager.num_free_blocks:
                 self._queues.add_waiting(sibling)
                 continue
             num_joined += 1

@@ -16,11 +16,13 @@ from enum import Enum, auto
 from typing import Protocol
 
 from graphllm.batch import BlockTransfer, TransferDirection
-from graphllm.cache.block_manager import BlockManager
+from graphllm.cache.block_manager import NULL_BLOCK, BlockManager
 from graphllm.cache.host_tier import HostTier
+from graphllm.cache.prefix_hash import content_key
 from graphllm.scheduler.kv_counters import KVCounters
 from graphllm.scheduler.prefix_sharing import PrefixHit, PrefixSharing
 from graphllm.scheduler.queues import Queues
+from graphllm.scheduler.windows import release_behind_windows
 from graphllm.sequence import Sequence, SequenceStatus
 
 _MAX_OFFLOADED_AT_ONCE = 64
@@ -116,40 +118,50 @@ class Tiers:
 
     def can_swap_out(self, sequence: Sequence) -> bool:
         """Whether the sequence may go to the host tier, and there is certainly room for it."""
+        num_needed = self._manager.layout.num_needed(
+            sequence.num_computed_tokens, num_settled=sequence.num_settled_tokens
+        )
         return (
             sequence.num_swaps < self._max_swaps
             and sequence.num_computed_tokens > 0
-            and self._manager.num_blocks_for(sequence.num_computed_tokens) <= self.host.num_free_swap_blocks
             and not sequence.group.keeps_device_state
+            and num_needed <= self.host.num_free_swap_blocks
             and not self._prefixes.depends_on_others(sequence)
         )
 
     def swap_out(self, sequence: Sequence) -> None:
         """Start to move a sequence that just stopped running; its blocks stay held until they are copied.
 
-        Published blocks that others hold, or that the host tier has, are not copied.
+        Published blocks that others hold, or that the host tier has, are not copied, nor are those behind
+        windows.
         """
         manager, host = self._manager, self.host
-        num_blocks = manager.num_blocks_for(sequence.num_computed_tokens)
-        kept: list[int] = sequence.block_table[num_blocks:]
+        release_behind_windows(sequence, manager)
+        layout = manager.layout
+        num_entries = layout.num_columns(sequence.num_computed_tokens) * layout.num_groups
+        kept: list[int] = sequence.block_table[num_entries:]
         sources: list[int] = []
+        copied: list[int] = []  # their entries
         entries: list[int | bytes | None] = []
-        for block in sequence.block_table[:num_blocks]:
-            content_hash = manager.hash_of(block)
-            host_block = None if content_hash is None else host.find(content_hash)
+        for index, block in enumerate(sequence.block_table[:num_entries]):
+            key = manager.hash_of(block)
+            host_block = None if key is None else host.find(key)
             if host_block is not None:
                 host.share((host_block,))
                 entries.append(host_block)
                 kept.append(block)
-            elif content_hash is not None and manager.reference_count(block) > 1:
-                entries.append(content_hash)
+            elif key is not None and manager.reference_count(block) > 1:
+                entries.append(key)
                 kept.append(block)
             else:
                 entries.append(None)
-                sources.append(block)
+                if block != NULL_BLOCK:
+                    copied.append(index)
+                    sources.append(block)
         targets = host.allocate_swap(len(sources))
-        next_target = iter(targets)
-        sequence.host_blocks = [next(next_target) if entry is None else entry for entry in entries]
+        for index, target in zip(copied, targets, strict=True):
+            entries[index] = target
+        sequence.host_blocks = entries
         sequence.block_table = []
         sequence.status = SequenceStatus.SWAPPED
         sequence.num_swaps += 1
@@ -177,37 +189,37 @@ class Tiers:
         if sequence.transfer_id is not None or sequence.swapped_at_step > manager.completed_step:
             return SwapInOutcome.NO_ROOM
         assert sequence.num_in_flight_tokens == 0, "a step that has ended was not applied"
-        sources: list[int | None] = []  # None: shared from the device
+        layout = manager.layout
+        sources: list[int] = []
         shared: list[int] = []
-        table: list[int | None] = []
+        table: list[int | None] = []  # None: of a new block
         for index, entry in enumerate(sequence.host_blocks):
-            content_hash = entry if isinstance(entry, bytes) else None
-            if index < sequence.num_published_blocks:
-                content_hash = sequence.block_hashes[index]
-            block = None if content_hash is None else prefixes.find_confirmed(content_hash)
+            if entry is None:
+                table.append(NULL_BLOCK)
+                continue
+            column, group = divmod(index, layout.num_groups)
+            key = entry if isinstance(entry, bytes) else None
+            if column < sequence.num_published_columns:
+                key = content_key(sequence.block_hashes[column], group)
+            block = None if key is None else prefixes.find_confirmed(key)
             table.append(block)
             if block is not None:
                 shared.append(block)
-                sources.append(None)
                 continue
             source = self.host.find(entry) if isinstance(entry, bytes) else entry
             if source is None:
                 return SwapInOutcome.LOST
             sources.append(source)
-        num_blocks = manager.num_blocks_for(sequence.num_computed_tokens + 1)
-        num_new = num_blocks - len(shared)
+        num_entries = layout.num_columns(sequence.num_computed_tokens + 1) * layout.num_groups
+        num_new = num_entries - len(table) + len(sources)
         num_idle = sum(manager.reference_count(block) == 0 for block in shared)
         if num_new + num_idle + num_spare_blocks > manager.num_free_blocks:
             return SwapInOutcome.NO_ROOM
         manager.share(shared)
         new = manager.allocate(num_new)
+        pairs = list(zip(sources, new, strict=False))
         fresh = iter(new)
         sequence.block_table = [next(fresh) if block is None else block for block in table]
-        pairs = [
-            (source, block)
-            for source, block in zip(sources, sequence.block_table, strict=True)
-            if source is not None
-        ]
         sequence.block_table.extend(fresh)
         # The transfer holds what it reads, and the sequence has nothing on the host any more.
         self.host.share(source for source, _ in pairs)
@@ -225,25 +237,29 @@ class Tiers:
 
     def should_fetch(self, hit: PrefixHit) -> bool:
         """Whether copying the host's part of a hit up is sooner done than computing it."""
-        num_blocks = len(hit.host_blocks)
-        if num_blocks == 0:
+        if not hit.host_blocks:
             return False
-        seconds = self._predictor.seconds_to_prefill(num_blocks * self._manager.block_size)
-        return self._predictor.seconds_to_copy(num_blocks) < seconds
+        num_columns = (len(hit.fetched_table) - len(hit.device_table)) // self._manager.layout.num_groups
+        seconds = self._predictor.seconds_to_prefill(num_columns * self._manager.block_size)
+        return self._predictor.seconds_to_copy(len(hit.host_blocks)) < seconds
 
     def fetch(self, sequence: Sequence, hit: PrefixHit) -> None:
         """Start to copy the host's part of a waiting sequence's prefix up. The caller checked for room."""
-        manager = self._manager
-        self._prefixes.start_from(sequence, hit.device_blocks)
-        new = manager.allocate(len(hit.host_blocks) + 1)  # one more for the tokens behind the prefix
-        self.host.share(hit.host_blocks)
-        sequence.block_table = hit.device_blocks + new
-        num_blocks = len(sequence.block_table) - 1
-        sequence.num_computed_tokens = num_blocks * manager.block_size
-        sequence.num_published_blocks = num_blocks
+        manager, num_groups = self._manager, self._manager.layout.num_groups
+        self._prefixes.start_from(sequence, hit.fetched_table)
+        # One column more, for the tokens behind the prefix.
+        new = manager.allocate(len(hit.host_blocks) + num_groups)
+        sequence.block_table = hit.fetched_table + new[len(hit.host_blocks) :]
+        pairs = []
+        for (entry, host_block), block in zip(hit.host_blocks, new, strict=False):
+            sequence.block_table[entry] = block
+            pairs.append((host_block, block))
+        self.host.share(host_block for host_block, _ in pairs)
+        sequence.num_published_columns = len(hit.fetched_table) // num_groups
+        sequence.num_computed_tokens = sequence.num_published_columns * manager.block_size
         self._queues.add_moved(sequence)
-        self._counters.num_fetched_blocks += len(hit.host_blocks)
-        self._bring_up(sequence, list(zip(hit.host_blocks, new, strict=False)), purpose=_Purpose.FETCH)
+        self._counters.num_fetched_blocks += len(pairs)
+        self._bring_up(sequence, pairs, purpose=_Purpose.FETCH)
 
     def offload_cold(self, num_spare_blocks: int) -> None:
         """Copy the coldest cached blocks down when room runs low, before they have to be given up.
@@ -361,6 +377,6 @@ def forget_computed(sequence: Sequence) -> None:
     sequence.status = SequenceStatus.WAITING
     sequence.block_table = []
     sequence.num_computed_tokens = 0
-    sequence.num_published_blocks = 0
+    sequence.num_published_columns = 0
     sequence.min_tokens_to_swap = 0
     sequence.transfer_id = None

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec, GroupInputs
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.activation import activation
 from graphllm.kernels.add_rows import add_rows
@@ -33,7 +33,7 @@ from graphllm.kernels.step_inputs import StepInputs, step_inputs
 from graphllm.kernels.token_ranks import token_ranks
 from graphllm.runner.device_sampler import SampleResults, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplingTables
-from tests.aot import moe_cases
+from tests.aot import latent_cases, moe_cases, packed_cases, scaled_cases
 from tests.aot.recording import Card
 
 BF16 = torch.bfloat16
@@ -41,6 +41,7 @@ BLOCK_SIZE = 16
 MAX_MODEL_LEN = 131072
 MAX_ROWS = 256
 NUM_SLOTS = MAX_ROWS + 1
+NUM_GROUPS = 2  # of layers with block tables of their own
 # A decode bucket and a mixed one, in tokens.
 DECODE_TOKENS = 64
 MIXED_TOKENS = 2048
@@ -126,7 +127,7 @@ def inputs_of_steps(card: Card) -> None:
             context_lens=card.tensor(num_rows, dtype=torch.int64),
             query_starts=card.tensor(num_rows + 1, dtype=torch.int64),
             positions=card.tensor(num_tokens, dtype=torch.int64),
-            slot_mapping=card.tensor(num_tokens, dtype=torch.int64),
+            slot_mapping=card.tensor(NUM_GROUPS, num_tokens, dtype=torch.int64),
             token_ids=card.tensor(num_tokens, dtype=torch.int64),
             sampled_tokens=card.tensor(num_rows, dtype=torch.int64),
         )
@@ -135,7 +136,7 @@ def inputs_of_steps(card: Card) -> None:
             query_lens=card.tensor(num_rows, dtype=torch.int64),
             pair_rows=card.tensor(num_rows, dtype=torch.int64),
             num_computed_tokens=card.tensor(NUM_SLOTS, dtype=torch.int64),
-            block_tables=card.tensor(NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
+            block_tables=card.tensor(NUM_GROUPS, NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
             token_table=card.tensor(NUM_SLOTS, MAX_MODEL_LEN + 1, dtype=torch.int32),
             block_size=BLOCK_SIZE,
             is_decode=num_rows == num_tokens,
@@ -165,6 +166,7 @@ class Cache:
     value: torch.Tensor
     key_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
+    group: int = 0
 
 
 def cache_of(card: Card, shape: Shape, dtype: torch.dtype) -> Cache:
@@ -225,8 +227,12 @@ def attention(card: Card) -> None:
         context_lens=card.tensor(MAX_ROWS, dtype=torch.int64),
         query_starts=card.tensor(MAX_ROWS + 1, dtype=torch.int64),
         positions=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        block_tables=card.tensor(NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
+        groups=(
+            GroupInputs(
+                slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
+                block_tables=card.tensor(NUM_SLOTS, MAX_MODEL_LEN // BLOCK_SIZE, dtype=torch.int32),
+            ),
+        ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
     for shape, dtype, window, softcap, has_alibi, is_causal in (
@@ -379,4 +385,7 @@ CASES = (
     ranks_of_tokens,
     block_copies,
     *moe_cases.CASES,
+    *latent_cases.CASES,
+    *packed_cases.CASES,
+    *scaled_cases.CASES,
 )

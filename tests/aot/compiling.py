@@ -31,7 +31,7 @@ _NO_TYPES = {"row", "col", "satfinite"}
 _MATRIX_TCGEN05 = re.compile(r"\btcgen05\.mma\.[\w.:]*kind::(\w+)")
 # %d = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x64xbf16> * tensor<64x32xbf16> -> tensor<16x32xf32>
 _PRODUCT = re.compile(r"\btt\.dot(?:_scaled)? .*?: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)>")
-_KINDS_TCGEN05 = {"f16": {"bf16", "f16"}, "f8f6f4": {"e4m3", "e5m2"}}
+_KINDS_TCGEN05 = {"f16": {"bf16", "f16"}, "f8f6f4": {"e4m3", "e5m2"}, "i8": {"s8"}}
 # The intermediate language's names beside those of the instructions.
 _FORMATS = {"f8E4M3FN": "e4m3", "f8E5M2": "e5m2", "i8": "s8"}
 

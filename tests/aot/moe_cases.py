@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, AttentionSpec, GroupInputs
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.expert_activation import ClampedSwiGLU, ExpertActivation
 from graphllm.kernels.grouped_gemv import grouped_gated_gemv, grouped_linear_sum_gemv
 from graphllm.kernels.grouped_linear import grouped_gated_linear, grouped_linear
-from graphllm.kernels.latent_heads import latent_heads, leading_dimensions
 from graphllm.kernels.moe_routing import RoutingRule, moe_routing
 from graphllm.kernels.moe_sum import SharedPart, moe_sum
 from graphllm.kernels.moe_tiles import ExpertTiles, expert_tiles, max_expert_tiles, rows_per_tile_for
@@ -167,22 +166,6 @@ def sums_of_experts(card: Card) -> None:
         )
 
 
-def heads_from_latents(card: Card) -> None:
-    """DeepSeek-V2-Lite's: 16 heads of 64 dimensions that turn and 128 that don't."""
-    num_heads, head_dim, value_dim = 16, 192, 128
-    latents = card.tensor(DECODE_TOKENS, 512 + 64, dtype=BF16)
-    latent_heads(
-        card.tensor(DECODE_TOKENS, num_heads, head_dim, dtype=BF16),
-        card.tensor(DECODE_TOKENS, num_heads, 128 + value_dim, dtype=BF16),
-        latents[:, 512:],
-        out=card.tensor(DECODE_TOKENS, 3 * num_heads, head_dim, dtype=BF16),
-    )
-    leading_dimensions(
-        card.tensor(DECODE_TOKENS, num_heads, head_dim, dtype=BF16),
-        out=card.tensor(DECODE_TOKENS, num_heads, value_dim, dtype=BF16),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """One layer's cache, as the attention contract has it."""
@@ -191,10 +174,11 @@ class Pool:
     value: torch.Tensor
     key_scale: None = None
     value_scale: None = None
+    group: int = 0
 
 
 def attention_of_models_with_experts(card: Card) -> None:
-    """A mixed step of gpt-oss, with sinks, and of DeepSeek-V2-Lite, whose heads have 192 dimensions."""
+    """A mixed step of gpt-oss, with sinks, and of heads of 192 dimensions."""
     arena = Arena(card.device)
     backend = TritonPagedAttention(
         block_size=16, arena=arena, max_num_rows=MAX_ROWS, max_model_len=MAX_MODEL_LEN
@@ -205,8 +189,12 @@ def attention_of_models_with_experts(card: Card) -> None:
         context_lens=card.tensor(MAX_ROWS, dtype=torch.int64),
         query_starts=card.tensor(MAX_ROWS + 1, dtype=torch.int64),
         positions=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
-        block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+        groups=(
+            GroupInputs(
+                slot_mapping=card.tensor(MIXED_TOKENS, dtype=torch.int64),
+                block_tables=card.tensor(MAX_ROWS + 1, MAX_MODEL_LEN // 16, dtype=torch.int32),
+            ),
+        ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
     for num_heads, num_kv_heads, head_dim, window in ((64, 8, 64, 128), (16, 16, 192, None)):
@@ -232,7 +220,6 @@ def attention_of_models_with_experts(card: Card) -> None:
 
 CASES = (
     attention_of_models_with_experts,
-    heads_from_latents,
     routings,
     tiles_of_experts,
     grouped_products,

@@ -18,11 +18,18 @@ from tests.aot.table import TABLE, differences
 from tests.architecture.source_tree import PACKAGE, read_package
 
 # Kernels whose products belong on matrix units; `_skinny_linear_kernel` and its like in one form of two.
-ATTENTION = {"_paged_decode_attention_kernel", "_paged_prefill_attention_kernel"}
-PRODUCTS = {"_skinny_linear_kernel", "_gated_linear_kernel"}
-GROUPED_PRODUCTS = {"_grouped_gated_kernel", "_grouped_linear_kernel"}
+ATTENTION = {
+    "_paged_decode_attention_kernel",
+    "_paged_prefill_attention_kernel",
+    "_paged_latent_decode_kernel",
+    "_paged_latent_prefill_kernel",
+}
+PRODUCTS = {"_skinny_linear_kernel", "_gated_linear_kernel", "_packed_linear_kernel", "_packed_gated_kernel"}
+GROUPED_PRODUCTS = {"_grouped_gated_kernel", "_grouped_linear_kernel", "_packed_down_kernel"}
+# In 8 bits, and in float16 where their rows are few.
+SCALED_PRODUCTS = {"_scaled_linear_kernel", "_scaled_grouped_gated_kernel", "_scaled_grouped_linear_kernel"}
 # They cost half a second each on average: a table that grew past this would cost every change minutes.
-MAX_COMPILATIONS = 340
+MAX_COMPILATIONS = 480
 
 # A cold cache, on two busy cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -73,6 +80,14 @@ def test_experts_products_multiply_on_matrix_units_in_every_configuration(rows: 
 def test_products_multiply_on_matrix_units_on_every_card(rows: list[Row]) -> None:
     on_matrix_units = {(row.kernel, row.capability) for row in rows if row.matrix == ("bf16",)}
     assert on_matrix_units >= {(kernel, card) for kernel in PRODUCTS for card in CAPABILITIES}
+
+
+def test_products_in_8_bits_multiply_8_bits_where_rows_are_many(rows: list[Row]) -> None:
+    """In float16, exactly, only where rows are few; nothing is widened to tf32."""
+    found = {(row.kernel, row.matrix) for row in rows if row.kernel in SCALED_PRODUCTS}
+    assert found == {(kernel, (name,)) for kernel in SCALED_PRODUCTS for name in ("e4m3", "f16", "s8")}
+    few = {row.configuration for row in rows if row.kernel in SCALED_PRODUCTS and row.matrix == ("f16",)}
+    assert all(" ROWS=16 " in configuration for configuration in few)
 
 
 def test_an_8_bit_cache_is_compiled_in_a_format_that_the_card_has(rows: list[Row]) -> None:

@@ -42,10 +42,14 @@ ROOT_METHODS = {"__call__", "apply", "begin_step", "forward", "forward_in_slices
 CPU_ONLY_FILES = {
     "graphllm/attention/paged.py",
     "graphllm/attention/row_groups.py",
+    "graphllm/kernels/packed_cpu.py",
     "graphllm/kernels/paged_attention.py",
     "graphllm/runner/device.py",
 }
 CPU_ONLY_ENDINGS = ("_ref", "_reference", "_openblas", "_cpu")
+
+# What schemes do with a checkpoint's tensors, on the CPU and before there are steps.
+LOADING_METHODS = {"finish", "load"}
 
 # Methods and functions that wait for the device or read from it, whatever they are called on.
 CALLS = {
@@ -104,7 +108,9 @@ ALLOWED = {
 
 def is_on_cpu_only(function: Function) -> bool:
     is_kernel = any(decorator.startswith("triton.jit") for decorator in function.decorators)
-    return is_kernel or function.path in CPU_ONLY_FILES or function.bare_name.endswith(CPU_ONLY_ENDINGS)
+    is_loading = function.path.startswith("graphllm/quant/") and function.bare_name in LOADING_METHODS
+    is_named_so = function.path in CPU_ONLY_FILES or function.bare_name.endswith(CPU_ONLY_ENDINGS)
+    return is_kernel or is_loading or is_named_so
 
 
 def is_root(function: Function) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphllm.attention.backend import AttentionBucket, AttentionInputs
+from graphllm.attention.backend import AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.cache.kv_cache import LayerKV
 
 
@@ -24,7 +24,7 @@ class PagedBatch:
 
     def write(self) -> None:
         """Put the step's keys and values into the cache, as the specification expects them."""
-        for token, slot in enumerate(self.inputs.slot_mapping.tolist()):
+        for token, slot in enumerate(self.inputs.groups[0].slot_mapping.tolist()):
             block, offset = divmod(slot, self.cache.key.shape[1])
             self.cache.key[block, offset] = self.key[token]
             self.cache.value[block, offset] = self.value[token]
@@ -77,8 +77,7 @@ def paged_batch(
         context_lens=torch.tensor([context_len for _, context_len in rows]),
         query_starts=torch.cat((torch.zeros(1, dtype=torch.int64), query_lens.cumsum(0))),
         positions=torch.tensor(positions),
-        slot_mapping=torch.tensor(slots),
-        block_tables=block_tables,
+        groups=(GroupInputs(slot_mapping=torch.tensor(slots), block_tables=block_tables),),
     )
     return PagedBatch(
         query=draw(len(positions), num_heads, head_dim),

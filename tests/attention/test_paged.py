@@ -38,7 +38,7 @@ def run_reference(batch: PagedBatch, *, sliding_window: int | None = None) -> to
         batch.query,
         batch.cache.key,
         batch.cache.value,
-        block_tables=batch.inputs.block_tables,
+        block_tables=batch.inputs.groups[0].block_tables,
         row_slots=batch.inputs.row_slots,
         query_lens=batch.inputs.query_lens,
         context_lens=batch.inputs.context_lens,
@@ -110,7 +110,7 @@ def test_scratch_memory_is_safe_to_use_again_by_smaller_and_larger_steps() -> No
 def test_the_prefix_that_an_earlier_step_wrote_is_attended() -> None:
     batch = paged_batch([(2, 9)])
     full = run_backend(batch)
-    batch.cache.value[batch.inputs.block_tables[batch.inputs.row_slots[0], 0].item()] += 10.0
+    batch.cache.value[batch.inputs.groups[0].block_tables[batch.inputs.row_slots[0], 0].item()] += 10.0
     assert (run_backend(batch) - full).abs().max() > 0.5
 
 

@@ -47,7 +47,7 @@ def specified(batch: PagedBatch, *, sliding_window: int | None = None) -> torch.
         batch.query,
         batch.cache.key,
         batch.cache.value,
-        block_tables=batch.inputs.block_tables,
+        block_tables=batch.inputs.groups[0].block_tables,
         row_slots=batch.inputs.row_slots,
         query_lens=batch.inputs.query_lens,
         context_lens=batch.inputs.context_lens,
@@ -76,7 +76,7 @@ def test_each_token_and_head_is_read_with_its_own_scale() -> None:
     scale = batch.cache.value_scale
     assert scale is not None
     # Slot 0 of the first row's first block: its only token.
-    block = int(batch.inputs.block_tables[batch.inputs.row_slots[0], 0])
+    block = int(batch.inputs.groups[0].block_tables[batch.inputs.row_slots[0], 0])
     scale[block, 0, 1] *= 3
     changed = attended(batch)
     heads_of_group = slice(3, 6)

@@ -36,18 +36,19 @@ def test_one_long_row_does_not_pad_the_short_ones() -> None:
 
 def test_padding_reads_only_slots_of_the_rows_own_tokens() -> None:
     rows = [(1, 7), (1, 2), (1, 12)]
-    batch = paged_batch(rows, num_decode_rows=3, block_size=4)
-    (group,) = group_rows(batch.inputs, num_decode_rows=3, block_size=4)
+    batch = paged_batch(rows, num_decode_rows=3)
+    (group,) = group_rows(batch.inputs, num_decode_rows=3)
     assert group.is_padded and group.max_context == 12
+    slots = group.slots(batch.inputs, 0, block_size=4).view(3, 12)
     for row, (_, context_len) in enumerate(rows):
-        table = batch.inputs.block_tables[batch.inputs.row_slots[row]].tolist()
+        table = batch.inputs.groups[0].block_tables[batch.inputs.row_slots[row]].tolist()
         own = [table[position // 4] * 4 + position % 4 for position in range(context_len)]
-        assert group.slots.view(3, 12)[row].tolist() == own + own[:1] * (12 - context_len)
+        assert slots[row].tolist() == own + own[-1:] * (12 - context_len)
 
 
 def test_no_mask_is_built_where_every_query_sees_every_key() -> None:
     decode = paged_batch([(1, 8), (1, 8)], num_decode_rows=2)
-    (group,) = group_rows(decode.inputs, num_decode_rows=2, block_size=4)
+    (group,) = group_rows(decode.inputs, num_decode_rows=2)
     assert group.mask(None, torch.float32) is None
     assert group.mask(8, torch.float32) is None
     mask = group.mask(3, torch.float32)
@@ -56,7 +57,7 @@ def test_no_mask_is_built_where_every_query_sees_every_key() -> None:
 
 def test_only_a_prompt_from_its_start_is_plainly_causal() -> None:
     batch = paged_batch([(5, 5), (2, 7)])
-    whole, chunk = group_rows(batch.inputs, num_decode_rows=0, block_size=4)
+    whole, chunk = group_rows(batch.inputs, num_decode_rows=0)
     assert whole.is_causal(None) and whole.mask(None, torch.float32) is None
     assert not whole.is_causal(2)
     assert not chunk.is_causal(None)
@@ -73,24 +74,23 @@ def test_a_window_reads_the_tokens_that_some_query_sees_and_no_others(
     rows: list[tuple[int, int]], num_decode_rows: int, window: int
 ) -> None:
     batch = paged_batch(rows, num_heads=1, num_kv_heads=1, num_decode_rows=num_decode_rows)
-    (group,) = group_rows(batch.inputs, num_decode_rows=num_decode_rows, block_size=4)
+    (group,) = group_rows(batch.inputs, num_decode_rows=num_decode_rows)
     windowed = group.within(window)
     assert windowed is group.within(window) and windowed is not group
     width = window + group.query_len - 1
-    assert windowed.slots.shape == (len(rows) * width,)
+    seen_slots = windowed.slots(batch.inputs, 0, block_size=4)
+    assert seen_slots.shape == (len(rows) * width,)
+    all_slots = group.slots(batch.inputs, 0, block_size=4)
     for (_, context_len), slots, whole in zip(
-        rows,
-        windowed.slots.view(len(rows), -1),
-        group.slots.view(len(rows), -1),
-        strict=True,
+        rows, seen_slots.view(len(rows), -1), all_slots.view(len(rows), -1), strict=True
     ):
         seen = min(width, context_len)
         assert torch.equal(slots[:seen], whole[context_len - seen : context_len])
-        assert set(slots.tolist()) <= set(whole[:context_len].tolist())
+        assert set(slots.tolist()) <= set(whole[context_len - seen : context_len].tolist())
 
 
 @pytest.mark.parametrize("window", [None, 40, 500])
 def test_a_window_as_wide_as_the_context_changes_nothing(window: int | None) -> None:
     batch = paged_batch([(1, 40), (1, 9)], num_heads=1, num_kv_heads=1, num_decode_rows=2)
-    (group,) = group_rows(batch.inputs, num_decode_rows=2, block_size=4)
+    (group,) = group_rows(batch.inputs, num_decode_rows=2)
     assert group.within(window) is group

@@ -12,6 +12,7 @@ from graphllm.attention.backend import (
     AttentionMetadata,
     AttentionSpec,
     CaptureSupport,
+    GroupInputs,
 )
 from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.cache.kv_cache import LayerKV
@@ -87,8 +88,7 @@ def begin(backend: TritonPagedAttention, batch: AttentionBatch, *, is_decode: bo
         context_lens=batch.context_lens,
         query_starts=batch.query_starts,
         positions=nothing,
-        slot_mapping=nothing,
-        block_tables=batch.block_tables,
+        groups=(GroupInputs(slot_mapping=nothing, block_tables=batch.block_tables),),
     )
     bucket = AttentionBucket(len(batch.query), num_rows, num_rows if is_decode else 0)
     metadata = backend.plan(inputs, bucket)

@@ -14,7 +14,7 @@ def test_null_block_is_never_given_out() -> None:
 
 def test_tokens_round_up_to_blocks() -> None:
     manager = BlockManager(8, 16)
-    assert [manager.num_blocks_for(count) for count in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert [manager.layout.num_columns(count) for count in (0, 1, 16, 17)] == [0, 1, 1, 2]
 
 
 def test_shared_block_is_freed_by_its_last_holder() -> None:

@@ -1,6 +1,7 @@
-"""A model with experts on captured steps: the tokens of the same kernels launched one by one.
+"""Models with experts on captured steps: the tokens of the same kernels launched one by one.
 
-Which experts a step uses, and how many tiles, is in no graph: replays of one graph route other tokens.
+Which experts a step uses, and how many tiles, is in no graph: replays of one graph route other tokens. One
+model has latent attention as well, whose cache and products are its own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,28 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 300,
 }
+LATENT_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 0,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "kv_lora_rank": 20,
+    "max_position_embeddings": 64,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "v_head_dim": 12,
+    "vocab_size": 300,
+}
 FLAGS: dict[str, Any] = {
     "load_format": "dummy",
     "max_num_seqs": 2,
@@ -49,10 +72,10 @@ FLAGS: dict[str, Any] = {
 PROMPTS = [[7, 8, 9], list(range(20))]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[CONFIG, LATENT_CONFIG], ids=["heads", "latents"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("moe") / "moe.json"
-    path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps(request.param))
     return path
 
 

@@ -66,10 +66,10 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(tiny_model: Path) -> Non
         async with running_engine(tiny_model, **SMALL) as engine:
             with pytest.raises(InvalidRequestError, match=r"7 tokens, but needs at least .* of 8"):
                 await engine.pin_prefix([1] * 7)
-            with pytest.raises(InvalidRequestError, match=r"needs 88 tokens.* may take 80"):
+            with pytest.raises(InvalidRequestError, match=r"needs 11 KV blocks.* may take 10"):
                 await engine.pin_prefix(list(range(88)))
             first = await engine.pin_prefix(PREFIX)
-            with pytest.raises(InvalidRequestError, match=r"needs 48 tokens.* of which 40 are taken"):
+            with pytest.raises(InvalidRequestError, match=r"needs 6 KV blocks.* of which 5 are taken"):
                 await engine.pin_prefix(list(range(50)))
             assert engine.pinned_prefixes == [first]
             # The same once more takes nothing more.

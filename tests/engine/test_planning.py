@@ -53,6 +53,22 @@ def test_concurrency_is_blocks_over_the_blocks_of_a_sequence() -> None:
     assert capacity(max_model_len=5001).num_sequences(5001) == plan.num_usable_blocks // 313
 
 
+def test_windowed_layers_take_no_more_than_their_window_of_a_long_context() -> None:
+    plan = capacity("gpt-oss-20b")
+    assert as_json(plan)["kv_groups"] == [
+        {"layers": 12, "sliding_window": None},
+        {"layers": 12, "sliding_window": 128},
+    ]
+    # Of a context of 131,072 tokens: 8,192 blocks of one group; of the other those that 128 tokens and the
+    # next one lie in, and once, for whoever is at its prompt, those of a step of 2,048.
+    settled, step = 8192 + 8, 2048 // 16 + 2
+    assert plan.num_sequences(131072) == (plan.num_usable_blocks - step) // settled == 10
+    everything = dataclasses.replace(plan, kv_shape=dataclasses.replace(plan.kv_shape, kv_groups=None))
+    assert everything.num_sequences(131072) == 5
+    assert "24.0 KiB beyond windows" in as_text(plan)
+    assert "blocks of 16 tokens and 12 layers, in 2 groups of layers" in as_text(plan)
+
+
 @pytest.mark.parametrize(
     ("flags", "changed"),
     [

@@ -57,7 +57,7 @@ def run_reference(
         batch.query,
         batch.cache.key,
         batch.cache.value,
-        block_tables=batch.inputs.block_tables,
+        block_tables=batch.inputs.groups[0].block_tables,
         row_slots=batch.inputs.row_slots,
         query_lens=batch.inputs.query_lens,
         context_lens=batch.inputs.context_lens,
@@ -101,7 +101,7 @@ def test_cache_of_8_bits_means_what_it_stores_times_its_scale(dtype: torch.dtype
         cache.copy_(torch.randint(-4, 5, cache.shape, generator=generator))
         scale = 2.0 ** torch.randint(-3, 1, cache.shape[:3], generator=generator)
         scales.append(scale.where(is_used, torch.nan))
-    for token, slot in enumerate(batch.inputs.slot_mapping.tolist()):
+    for token, slot in enumerate(batch.inputs.groups[0].slot_mapping.tolist()):
         block, offset = divmod(slot, batch.cache.key.shape[1])
         for own, cache, scale in zip(
             (batch.key, batch.value), (batch.cache.key, batch.cache.value), scales, strict=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from graphllm.kernels.step_inputs import StepInputs, step_inputs_ref
 
+NUM_GROUPS = 2
 NUM_SLOTS = 7
 MAX_BLOCKS = 9
 _GUARD = 64  # entries before and after each output
@@ -36,15 +38,17 @@ class Step:
 
 def slot_tables(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """Block and token tables without two equal entries, so that no wrong place can look right."""
-    block_tables = 1 + torch.randperm(NUM_SLOTS * MAX_BLOCKS, generator=torch.Generator().manual_seed(0))
+    num_blocks = NUM_GROUPS * NUM_SLOTS * MAX_BLOCKS
+    block_tables = 1 + torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
     token_table = 1 + torch.randperm(NUM_SLOTS * step.table_width, generator=torch.Generator().manual_seed(1))
-    return block_tables.view(NUM_SLOTS, -1).int(), token_table.view(NUM_SLOTS, -1).int()
+    return block_tables.view(NUM_GROUPS, NUM_SLOTS, -1).int(), token_table.view(NUM_SLOTS, -1).int()
 
 
-def expected_inputs(step: Step) -> dict[str, list[int]]:
+def expected_inputs(step: Step) -> dict[str, list[Any]]:
     """What `step_inputs` has to write, by the formulas."""
     block_tables, token_table = (table.tolist() for table in slot_tables(step))
-    positions, slot_mapping = [0] * step.num_tokens, [-1] * step.num_tokens
+    positions = [0] * step.num_tokens
+    slot_mapping = [[-1] * step.num_tokens for _ in range(NUM_GROUPS)]
     token_ids, context_lens, query_starts = [0] * step.num_tokens, [], [0]
     for row, (slot, query_len) in enumerate(zip(step.row_slots, step.query_lens, strict=True)):
         num_computed = step.num_computed_tokens[slot]
@@ -52,9 +56,10 @@ def expected_inputs(step: Step) -> dict[str, list[int]]:
         first_token = query_starts[-1]
         for position in range(num_computed, num_computed + query_len):
             token = first_token + position - num_computed
-            block = block_tables[slot][position // step.block_size]
             positions[token] = position
-            slot_mapping[token] = block * step.block_size + position % step.block_size
+            for group in range(NUM_GROUPS):
+                block = block_tables[group][slot][position // step.block_size]
+                slot_mapping[group][token] = block * step.block_size + position % step.block_size
             token_ids[token] = token_table[slot][position]
         query_starts.append(row + 1 if step.is_decode else first_token + query_len)
     sampled_tokens = [max(query_starts[row + 1] - 1, 0) for row in step.pair_rows]
@@ -73,11 +78,14 @@ def written_inputs(
     run: Callable[..., None] = step_inputs_ref,
     *,
     device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> dict[str, list[int]]:
+) -> dict[str, list[Any]]:
     """What `run` writes into memory that held rubbish before; it may not write to anything else."""
-    sizes = {name: len(values) for name, values in expected_inputs(step).items()}
-    memory = {name: torch.full((_GUARD + size + _GUARD,), -77, device=device) for name, size in sizes.items()}
-    out = StepInputs(**{name: memory[name][_GUARD : _GUARD + size] for name, size in sizes.items()})
+    sizes = {name: torch.tensor(values).shape for name, values in expected_inputs(step).items()}
+    memory = {
+        name: torch.full((*size[:-1], _GUARD + size[-1] + _GUARD), -77, device=device)
+        for name, size in sizes.items()
+    }
+    out = StepInputs(**{name: memory[name][..., _GUARD : _GUARD + size[-1]] for name, size in sizes.items()})
     block_tables, token_table = slot_tables(step)
     arguments = {
         "row_slots": torch.tensor(step.row_slots, device=device),
@@ -91,7 +99,7 @@ def written_inputs(
     run(**arguments, block_size=step.block_size, is_decode=step.is_decode, out=out)
     assert all(torch.equal(arguments[name], tensor) for name, tensor in before.items())
     for tensor in memory.values():
-        assert (tensor[:_GUARD] == -77).all() and (tensor[-_GUARD:] == -77).all()
+        assert (tensor[..., :_GUARD] == -77).all() and (tensor[..., -_GUARD:] == -77).all()
     return {field.name: getattr(out, field.name).tolist() for field in fields(out)}
 
 
@@ -128,6 +136,7 @@ def test_a_row_whose_context_is_full_may_still_be_padding() -> None:
 def test_padding_tokens_store_nothing(is_decode: bool) -> None:
     step = Step([1, 2, 3, 4], [1, 1, 0, 0], [0, 1], [5, 0, 9, 9, 9, 9, 9], 4, 4, is_decode)
     written = written_inputs(step)
-    assert written["slot_mapping"][2:] == [-1, -1] and min(written["slot_mapping"][:2]) >= 0
+    for slot_mapping in written["slot_mapping"]:
+        assert slot_mapping[2:] == [-1, -1] and min(slot_mapping[:2]) >= 0
     assert written["positions"][2:] == [0, 0] and written["token_ids"][2:] == [0, 0]
     assert written["context_lens"] == [1, 10, 0, 0]

@@ -168,12 +168,12 @@ def test_every_query_of_a_prefill_row_is_in_one_item(seed: int, query_tile: int)
     tensors = tensors_of(rows)
     items, _ = cut_up(rows, query_tile)
     found = [
-        (token + i, position + i, slot)
-        for token, num_queries, position, slot in items
+        (token + i, position + i, slot, length)
+        for token, num_queries, position, slot, length in items
         for i in range(num_queries)
     ]
     expected = [
-        (start + i, context_len - query_len + i, slot)
+        (start + i, context_len - query_len + i, slot, context_len)
         for (query_len, context_len), start, slot in zip(
             rows, tensors["query_starts"].tolist()[:-1], tensors["row_slots"].tolist(), strict=True
         )
@@ -181,8 +181,8 @@ def test_every_query_of_a_prefill_row_is_in_one_item(seed: int, query_tile: int)
         for i in range(query_len)
     ]
     assert sorted(found) == sorted(expected)
-    assert all(0 < num_queries <= query_tile for _, num_queries, _, _ in items)
-    lengths = [position + num_queries for _, num_queries, position, _ in items]
+    assert all(0 < num_queries <= query_tile for _, num_queries, _, _, _ in items)
+    lengths = [position + num_queries for _, num_queries, position, _, _ in items]
     assert lengths == sorted(lengths, reverse=True)
 
 

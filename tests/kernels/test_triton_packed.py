@@ -88,8 +88,16 @@ def expected(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     return packed_linear_ref(x, weight, bias, nan_like(len(x), weight.out_features, dtype=x.dtype))
 
 
-@pytest.mark.parametrize(("num_rows", "in_features"), [(1, 300), (1, 1024), (5, 300), (33, 256)])
-@pytest.mark.parametrize("name", FORMS)
+WHOLE_TILES = ("4 bits, offsets", "4 bits, a codebook", "8 bits, whole rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "in_features"),
+    [
+        *((name, num_rows, 300) for name in FORMS for num_rows in (1, 5)),
+        *((name, *sizes) for name in WHOLE_TILES for sizes in ((1, 1024), (33, 256))),
+    ],
+)
 def test_product_of_every_form_is_that_of_its_plain_weight(
     name: str, num_rows: int, in_features: int
 ) -> None:
@@ -175,8 +183,9 @@ def test_gated_product_is_a_product_and_an_activation(name: str, num_rows: int) 
     assert memory[0].isnan().all() and memory[-1].isnan().all()
 
 
-@pytest.mark.parametrize("in_features", [300, 512])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("name", "in_features"), [*((name, 300) for name in FORMS), *((name, 512) for name in WHOLE_TILES)]
+)
 def test_weight_made_plain_is_the_specification(name: str, in_features: int) -> None:
     torch.manual_seed(0)
     weight = weight_on_device(FORMS[name], 37, in_features)
@@ -275,3 +284,34 @@ def test_experts_are_those_of_the_reference(
     packed_grouped_sum_ref(*second, shared, num_experts=NUM_EXPERTS, out=expected_out)
     assert_close(out, expected_out)
     assert out.isfinite().all(), "what padding has left is not added"
+
+
+@pytest.mark.gpu
+def test_captured_products_equal_those_one_at_a_time() -> None:
+    """Each product reads what the one before it wrote, with dependent launch where the card has it; one kind
+    of product is split, one streams a row, and one makes slices of the weight plain."""
+    torch.manual_seed(0)
+    size, num_layers = 2048, 12
+    product = CardPackedProduct(linear_ref)
+    weights = [weight_on_device(FORMS["4 bits, offsets"], size, size) for _ in range(num_layers)]
+    product.reserve(size, size, form=weights[0].format, device=torch.device(DEVICE))
+    for num_rows in (600, 1, 20):
+        steps = torch.randn(num_layers + 1, num_rows, size, device=DEVICE).bfloat16()
+
+        def run(steps: Tensor, *, waits: bool) -> None:
+            for weight, x, out in zip(weights, steps[:-1], steps[1:], strict=True):
+                product(x, weight, None, out)
+                if waits:
+                    torch.cuda.synchronize()
+
+        run(steps, waits=True)
+        one_at_a_time = steps.clone()
+        assert_close(steps[1], expected(steps[0], weights[0], None))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(steps, waits=False)
+        for _ in range(5):
+            steps[1:].fill_(math.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(steps, one_at_a_time)

@@ -9,7 +9,14 @@ import pytest
 from graphllm.kernels import step_inputs as module
 from graphllm.kernels.step_inputs import step_inputs
 from tests.kernels.device import DEVICE
-from tests.kernels.test_step_inputs import MAX_BLOCKS, NUM_SLOTS, Step, expected_inputs, written_inputs
+from tests.kernels.test_step_inputs import (
+    MAX_BLOCKS,
+    NUM_GROUPS,
+    NUM_SLOTS,
+    Step,
+    expected_inputs,
+    written_inputs,
+)
 
 pytestmark = pytest.mark.triton
 
@@ -71,5 +78,5 @@ def test_a_step_of_padding_only_writes_padding() -> None:
         step = Step([6] * 4, [0] * 4, [0] * 4, [0] * NUM_SLOTS, 16, 4, is_decode)
         written = written_inputs(step, step_inputs, device=DEVICE)
         assert written == expected_inputs(step)
-        assert written["slot_mapping"] == [-1] * 4
+        assert written["slot_mapping"] == [[-1] * 4] * NUM_GROUPS
         assert all(0 <= token < 4 for token in written["sampled_tokens"])

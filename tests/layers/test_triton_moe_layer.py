@@ -19,6 +19,7 @@ from graphllm.kernels.moe_routing import RoutingRule, moe_routing_ref
 from graphllm.kernels.moe_sum import SharedPart
 from graphllm.layers.moe import MoE, MoEConfig
 from graphllm.models.dummy import fill_random
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 from tests.kernels.device import DEVICE
 
@@ -65,7 +66,7 @@ def layer_of(variant: str) -> MoE:
     }
     config = MoEConfig(**(settings | VARIANTS[variant]))
     scheme = Unquantized(linear_ref)
-    layer = MoE(HIDDEN, config, scheme=scheme, device=DEVICE, dtype=torch.float32)
+    layer = MoE(HIDDEN, config, schemes=one_scheme(scheme), device=DEVICE, dtype=torch.float32)
     fill_random(layer, seed=0)
     for parameter in layer.parameters():
         parameter.mul_(15.0)

@@ -15,6 +15,7 @@ from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.dummy import fill_random
 from graphllm.models.weights import load_model
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 from tests.models.memory_checkpoint import as_checkpoint
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
@@ -113,7 +114,7 @@ def mutated_error(
     mutant = Decoder(
         config(loaded.config),
         backend=backend,
-        scheme=Unquantized(linear_ref),
+        schemes=one_scheme(Unquantized(linear_ref)),
         device=CPU,
         dtype=torch.float32,
     )

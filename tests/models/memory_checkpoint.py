@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from graphllm.errors import CheckpointError
+
 STANDARD_DEVIATION = 0.15  # wide enough that attention is far from uniform: mistakes show
 
 
@@ -38,7 +40,7 @@ class MemoryCheckpoint:
         return tensor
 
     def load_tokenizer(self) -> Any:
-        raise AssertionError("these tests work on token ids")
+        raise CheckpointError(f"{self.path}: these tests work on token ids.")
 
 
 TINY_SHAPE: dict[str, Any] = {

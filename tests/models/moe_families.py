@@ -358,7 +358,7 @@ def latent(**changes: Any) -> ConfigMutation:
 
 DEEPSEEK_V2 = FamilyCases(
     name="DeepSeek-V2",
-    models="DeepSeek-V2, V2-Lite, Coder-V2; the cache holds whole heads",
+    models="DeepSeek-V2, V2-Lite, Coder-V2",
     architecture="DeepseekV2ForCausalLM",
     base=LATENT_SHAPE | {"q_lora_rank": 24, "topk_method": "greedy"},
     variants={
@@ -393,7 +393,7 @@ DEEPSEEK_V2 = FamilyCases(
 )
 DEEPSEEK_V3 = FamilyCases(
     name="DeepSeek-V3",
-    models="16-bit checkpoints of DeepSeek-V3 and R1; the cache holds whole heads",
+    models="16-bit checkpoints of DeepSeek-V3 and R1",
     architecture="DeepseekV3ForCausalLM",
     base=LATENT_SHAPE | GROUPS | {"q_lora_rank": 24, "norm_topk_prob": True},
     variants={
@@ -402,7 +402,7 @@ DEEPSEEK_V3 = FamilyCases(
             "q_lora_rank": None,
             "rope_interleave": False,
             "norm_topk_prob": False,
-            "v_head_dim": 16,
+            "v_head_dim": 20,
         },
     },
     config_mutants={

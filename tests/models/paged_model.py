@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from graphllm.arena import Arena
-from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs
-from graphllm.cache.kv_cache import LayerKV
+from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
+from graphllm.cache.kv_cache import KVCache, LayerKV
 from graphllm.models.decoder import Decoder
 
 BLOCK_SIZE = 4
@@ -18,7 +18,10 @@ NUM_SLOTS = 8
 
 
 class PagedModel:
-    """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order."""
+    """A decoder with its own cache. Unused slots hold NaN; blocks are handed out in random order.
+
+    So do slots of blocks that lie behind a layer's window: a runner gives these to others.
+    """
 
     def __init__(
         self,
@@ -30,11 +33,11 @@ class PagedModel:
     ) -> None:
         self.model, self.backend = model, backend
         config = model.config
-        size = (NUM_BLOCKS, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        self.layers = [
-            LayerKV(torch.full(size, torch.nan, dtype=dtype), torch.full(size, torch.nan, dtype=dtype))
-            for _ in range(config.num_layers)
-        ]
+        shape = config.kv_cache_shape(block_size=BLOCK_SIZE, dtype=dtype)
+        cache = KVCache(shape, NUM_BLOCKS, device=torch.device("cpu"))
+        for pool in cache.pools.pools:
+            pool.fill_(torch.nan)
+        self.layers = cache.layers
         order = 1 + torch.randperm(NUM_BLOCKS - 1, generator=torch.Generator().manual_seed(1))
         self._free_blocks = order.tolist()
         self.block_tables = torch.zeros(NUM_SLOTS, MAX_BLOCKS, dtype=torch.int32)
@@ -59,8 +62,11 @@ class PagedModel:
             context_lens=starts + query_lens,
             query_starts=query_starts,
             positions=positions,
-            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-            block_tables=self.block_tables,
+            groups=(
+                GroupInputs(
+                    slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE, block_tables=self.block_tables
+                ),
+            ),
         )
         bucket = AttentionBucket(len(positions), len(rows), num_decode_rows)
         metadata = self.backend.plan(inputs, bucket)
@@ -76,6 +82,8 @@ class PagedModel:
             sampled_tokens=torch.arange(len(positions)),
             logits=logits,
         )
+        for slot in slots.tolist():
+            self._spoil_behind_windows(slot)
         return logits
 
     @torch.inference_mode()
@@ -83,6 +91,15 @@ class PagedModel:
         """The last step's final hidden states, [num_tokens, hidden_size]; it had so many tokens."""
         tokens = torch.arange(num_tokens)
         return self.model.final_hidden(tokens, num_tokens=num_tokens, arena=self._arena).clone()
+
+    def _spoil_behind_windows(self, slot: int) -> None:
+        for layer, config in zip(self.layers, self.model.config.layers, strict=True):
+            if config.sliding_window is not None:
+                num_blocks = max(0, self.lengths[slot] - config.sliding_window + 1) // BLOCK_SIZE
+                blocks = self.block_tables[slot, :num_blocks]
+                assert isinstance(layer, LayerKV), "latents have no windows"
+                for stored in (layer.key, layer.value):
+                    stored[blocks] = torch.nan
 
     def _extend(self, slot: int, num_tokens: int) -> None:
         num_blocks = -(-self.lengths[slot] // BLOCK_SIZE)

@@ -76,12 +76,14 @@ def write_small_llama(
     without: Sequence[str] = (),
     tensors: Mapping[str, npt.NDArray[Any]] | None = None,
     tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    types: Mapping[str, GGMLQuantizationType] | None = None,
     architecture: str = "llama",
 ) -> Path:
     """Write a whole little Llama.
 
     metadata: added to or put in place of METADATA; without: keys and tensors left out; tensors: in
-    place of `small_tensors()`; tensor_type: of all matrices (vectors stay F32).
+    place of `small_tensors()`; tensor_type: of all matrices (vectors stay F32), but for those that
+    types names by a part of their names.
     """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in {**METADATA, **(metadata or {})}.items():
@@ -90,9 +92,10 @@ def write_small_llama(
     for name, values in (small_tensors() if tensors is None else tensors).items():
         if name in without:
             continue
-        if values.dtype == np.float32 and values.ndim > 1 and tensor_type is not GGMLQuantizationType.F32:
-            quantized = gguf.quantize(values, tensor_type)
-            writer.add_tensor(name, quantized, raw_dtype=tensor_type)
+        own_type = next((kind for part, kind in (types or {}).items() if part in name), tensor_type)
+        if values.dtype == np.float32 and values.ndim > 1 and own_type is not GGMLQuantizationType.F32:
+            quantized = gguf.quantize(values, own_type)
+            writer.add_tensor(name, quantized, raw_dtype=own_type)
         else:
             writer.add_tensor(name, values)
     writer.write_header_to_file()

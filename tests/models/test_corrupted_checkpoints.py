@@ -210,8 +210,18 @@ FOLDERS: dict[str, tuple[Damage, str, str]] = {
     ),
     "tensor of integers": (
         tensors(model__norm__weight=torch.ones(HIDDEN, dtype=torch.int64)),
+        "",
+        "holds int64, not floating-point numbers",
+    ),
+    "tensor of 8-bit floats without scales": (
+        tensors(model__norm__weight=torch.ones(HIDDEN).to(torch.float8_e4m3fn)),
+        "",
+        "holds float8_e4m3fn, not floating-point numbers",
+    ),
+    "tensor of short integers": (
+        tensors(model__norm__weight=torch.ones(HIDDEN, dtype=torch.int16)),
         WEIGHTS,
-        "has dtype I64, which is not supported",
+        "has dtype I16, which is not supported",
     ),
     "weights cut off": (cut(WEIGHTS, 100), WEIGHTS, "truncated"),
     "weights with more behind them": (

@@ -180,7 +180,6 @@ def test_format_of_the_weights_is_read_where_it_is_served(written: str | None, d
         ("attention_multiplier", 0.0625),
         ("logits_scaling", 8),
         ("final_logit_softcapping", 30.0),
-        ("quantization_config", {"quant_method": "gptq"}),
         ("num_local_experts", 8),
         ("some_key_of_tomorrow", False),
         ("rope_interleaved", True),

@@ -10,8 +10,10 @@ from graphllm.attention.paged import PagedAttention
 from graphllm.errors import CheckpointError
 from graphllm.kernels.linear import linear_ref
 from graphllm.models.decoder import Decoder
+from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.weights import load_model, load_weights
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 from tests.models.equality import CPU, TOLERANCE, ConfigMutation, error, paged, prompt
 from tests.models.memory_checkpoint import as_checkpoint
@@ -55,7 +57,7 @@ def test_a_model_with_one_thing_wrong_is_found_out(case: PooledCase, mutation: C
     mutant = Decoder(
         mutation(read_model_config(checkpoint, family)),
         backend=PagedAttention(block_size=BLOCK_SIZE),
-        scheme=Unquantized(linear_ref),
+        schemes=one_scheme(Unquantized(linear_ref)),
         device=CPU,
         dtype=torch.float32,
     )
@@ -64,7 +66,7 @@ def test_a_model_with_one_thing_wrong_is_found_out(case: PooledCase, mutation: C
         for name, tensor in checkpoint.tensors.items()
         if not (name.endswith("_proj.bias") and not mutant.config.attention_bias)
     }
-    load_weights(mutant, checkpoint, family=family)
+    load_weights(mutant, checkpoint, quantization=read_quantization(checkpoint, asked=None))
     ours, token_ids = PagedModel(mutant, mutant.backend), [2 + each % 95 for each in prompt(90)]
     ours.step([(0, token_ids)])
     assert error(ours.hidden(90), theirs(model, token_ids)) > TOLERANCE

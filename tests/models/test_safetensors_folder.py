@@ -303,9 +303,9 @@ DAMAGED_SINGLE: dict[str, tuple[Damage, str, str]] = {
         "its header names 'x' twice",
     ),
     "dtype not supported": (
-        weights(safetensors_bytes({"x": {**ENTRY, "dtype": "I32"}})),
+        weights(safetensors_bytes({"x": {**ENTRY, "dtype": "I16"}})),
         "model.safetensors",
-        "tensor 'x' has dtype I32, which is not supported",
+        "tensor 'x' has dtype I16, which is not supported",
     ),
     "dtype unknown": (
         weights(safetensors_bytes({"x": {**ENTRY, "dtype": "Q9"}})),

@@ -14,9 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 
 from graphllm.attention.backend import AttentionSpec
 from graphllm.attention.paged import PagedAttention
+from graphllm.config import EngineConfig, PlanConfig
+from graphllm.engine.planning import plan_capacity
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.llm import LLM
 from graphllm.models.checkpoint import open_checkpoint, open_model
@@ -153,6 +156,23 @@ def test_greedy_tokens_are_those_of_transformers(both: tuple[PreTrainedModel, Fa
             assert int(logits.argmax()) == int(theirs(model, token_ids)[-1].argmax())
         token_ids.append(int(logits.argmax()))
         logits = ours.step([(0, token_ids[-1:])], num_decode_rows=1)[0]
+
+
+def test_every_served_module_may_be_captured_and_computes_the_same_after_the_question(
+    both: tuple[PreTrainedModel, Fallback],
+) -> None:
+    model, found = both
+    ours = paged(found)
+    assert ours.model.find_capture_obstacle() is None  # type: ignore[attr-defined]
+    assert error(ours.step([(0, prompt(20))]), theirs(model, prompt(20))) < TOLERANCE
+
+
+def test_a_module_that_no_graph_may_hold_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = paged(fallback(save(tiny("Arcee"), tmp_path / "model")))
+    forward = ArceeMLP.forward
+    monkeypatch.setattr(ArceeMLP, "forward", lambda mlp, x: forward(mlp, x) + 0 * torch.rand_like(x))
+    obstacle = ours.model.find_capture_obstacle()  # type: ignore[attr-defined]
+    assert obstacle == "it draws random numbers (aten.rand_like.default)"
 
 
 def test_they_have_no_declaration() -> None:
@@ -335,9 +355,34 @@ def test_who_computes_is_chosen_by_the_flag(tmp_path: Path) -> None:
     ):
         found = find_fallback(checkpoint, model_impl=model_impl, trust_remote_code=False)
         assert (found is not None) == is_fallback
-    for checkpoint in (gguf, open_model(tmp_path / "llama", "dummy")):
-        with pytest.raises(ConfigError, match="serves folders with safetensors only"):
-            find_fallback(checkpoint, model_impl="transformers", trust_remote_code=False)
+    with pytest.raises(ConfigError, match="serves folders with safetensors only"):
+        find_fallback(gguf, model_impl="transformers", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "model_impl"),
+    [("ArceeForCausalLM", "arcee", "auto"), ("LlamaForCausalLM", "llama", "transformers")],
+)
+def test_without_weights_it_is_said_that_only_declared_families_are_known(
+    tmp_path: Path, architecture: str, model_type: str, model_impl: str
+) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "architectures": [architecture], "model_type": model_type}))
+    asked = " (--model-impl transformers)" if model_impl == "transformers" else ""
+    said = f"{path}: architecture '{architecture}' would run through transformers' own module{asked}; "
+    with pytest.raises(ConfigError) as of_dummy:
+        find_fallback(open_model(path, "dummy"), model_impl=model_impl, trust_remote_code=False)
+    assert of_dummy.value.message.startswith(f"{said}--load-format dummy draws weights of families")
+    with pytest.raises(ConfigError) as of_plan:
+        plan_capacity(EngineConfig(model=str(path), model_impl=model_impl), PlanConfig(gpu="h100"))
+    assert of_plan.value.message.startswith(f"{said}`graphllm plan` knows the memory of families")
+
+
+def test_what_nobody_knows_is_said_to_be_unknown_without_weights_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**TINY, "architectures": ["UnheardOfForCausalLM"], "model_type": "x"}))
+    with pytest.raises(CheckpointError, match=r"'UnheardOfForCausalLM' is not supported; .*LlamaForCausalLM"):
+        plan_capacity(EngineConfig(model=str(path)), PlanConfig(gpu="h100"))
 
 
 def test_without_transformers_it_is_said_what_to_install(

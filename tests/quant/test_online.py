@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from graphllm.arena import Arena
 from graphllm.kernels.linear import linear_ref
+from graphllm.kernels.moe_tiles import RoutedTokens
 from graphllm.kernels.packed_weight import dequantize
 from graphllm.layers.linear import Linear
+from graphllm.layers.moe import ExpertStack
 from graphllm.quant.int4 import GROUP_SIZE, Int4, quantize_int4
 from graphllm.quant.int8 import Int8, quantize_int8
 from graphllm.quant.packed import PackedScheme
@@ -108,4 +112,55 @@ def test_merged_parts_are_quantized_where_they_belong(name: str, in_features: in
     assert torch.equal(stored[40:49], scheme.dequantized_rows(layer, 40, 9, dtype=torch.float32))
     x = torch.randn(3, in_features)
     out = layer(x, arena=Arena(CPU), name="out")
-    torch.testing.assert_close(out, x @ stored.t() + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, x @ stored.t() + bias, rtol=0.02, atol=0.02)
+
+
+def test_finished_layer_of_four_bits_is_multiplied_by_torch_and_means_the_same() -> None:
+    torch.manual_seed(0)
+    scheme = Int4(linear_ref)
+    layer = Linear(64, {"": 48}, bias=False, scheme=scheme, device=CPU, dtype=torch.float32)
+    layer.weight_slots()["weight"].load(torch.randn(48, 64) * 0.1)
+    x = torch.randn(3, 64)
+    before = layer(x, arena=Arena(CPU), name="out").clone()
+    scheme.finish(layer)
+    assert scheme.packed(layer).library_codes is not None
+    after = layer(x, arena=Arena(CPU), name="out")
+    torch.testing.assert_close(after, before, rtol=0, atol=before.abs().max().item() / 40)
+    assert torch.equal(after.bfloat16().float(), after), "that is torch's product, in bfloat16"
+    assert not torch.equal(before.bfloat16().float(), before)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_experts_are_quantized_one_by_one_and_multiplied_by_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    scheme: PackedScheme = SCHEMES[name](linear_ref)
+    hidden, inner, num_experts = 64, 32, 3
+    stack = partial(ExpertStack, num_experts, bias=True, scheme=scheme, device=CPU, dtype=torch.float32)
+    gate_up, down = stack(hidden, parts={"gate": inner, "up": inner}), stack(inner, parts={"": hidden})
+    for layer in (gate_up, down):
+        for slot in layer.weight_slots().values():
+            assert slot.shape is not None
+            slot.load(torch.randn(slot.shape) * 0.2)
+        scheme.finish(layer)
+    experts = torch.tensor([[0, 2], [2, 1], [-1, -1]], dtype=torch.int32)
+    routed = RoutedTokens(experts, torch.rand(3, 2), None)
+    x = torch.randn(3, hidden)
+    activated, out = torch.zeros(6, inner), torch.zeros(3, hidden)
+    scheme.apply_experts_gated(gate_up, x, routed, "silu", out=activated)
+    scheme.apply_experts(down, activated, routed, None, results=None, out=out)
+    first, second = (
+        dequantize(scheme.packed(layer)).view(num_experts, layer.rows_per_expert, -1)
+        for layer in (gate_up, down)
+    )
+    for token, expert in ((0, 0), (0, 2), (1, 2), (1, 1)):
+        pair = 2 * token + experts[token].tolist().index(expert)
+        both = first[expert] @ x[token] + gate_up.get_parameter("bias").view(num_experts, -1)[expert]
+        expected = torch.nn.functional.silu(both[:inner]) * both[inner:]
+        torch.testing.assert_close(activated[pair], expected, rtol=0.03, atol=0.01)
+    weighted = [
+        routed.weights[1, rank]
+        * (second[expert] @ activated[2 + rank] + down.get_parameter("bias").view(num_experts, -1)[expert])
+        for rank, expert in enumerate((2, 1))
+    ]
+    torch.testing.assert_close(out[1], weighted[0] + weighted[1], rtol=0.03, atol=0.01)
+    assert not out[2].any()

@@ -5,7 +5,7 @@ the addresses they were called with, kernels likewise under Triton's interpreter
 same again. So whatever Python number of the step was baked in is baked in here too, and gives wrong tokens
 for the next step. What a card would refuse or get wrong fails here:
 
-- an allocation inside a capture, and any read of a device value on the host;
+- an allocation inside a capture that may not allocate, and any read of a device value on the host;
 - a replay that touches memory which is no longer one of the engine's persistent addresses.
 """
 
@@ -45,9 +45,12 @@ class CaptureError(AssertionError):
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, operations: list[Operation]) -> None:
+    """pool: addresses of the memory that captures allocate, None where they may not."""
+
+    def __init__(self, operations: list[Operation], pool: set[int] | None) -> None:
         super().__init__()
         self._operations = operations
+        self._pool = pool
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,8 +67,33 @@ class _Recorder(TorchDispatchMode):
             values = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
             return values[written[0].name]
         if any(returned.alias_info is not None for returned in schema.returns):
-            return func(*args, **kwargs)  # a view: no work for the device
-        raise CaptureError(f"{func} inside a capture: it allocates, or reads a value on the host")
+            made = func(*args, **kwargs)
+            if address(made) in {address(tensor) for tensor in tensors_in((args, kwargs))}:
+                return made  # a view: no work for the device
+        if self._pool is None or _reads_values(func, args):
+            raise CaptureError(f"{func} inside a capture: it allocates, or reads a value on the host")
+        return self._allocated(func, args, kwargs)
+
+    def _allocated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A result in memory of the pool, where every replay puts it again; until then it is NaN."""
+        made = func(*args, **kwargs)
+        assert isinstance(made, torch.Tensor), f"{func} has several results"
+
+        def again(*args: Any, **kwargs: Any) -> None:
+            made.copy_(func(*args, **kwargs))
+
+        again.__name__ = str(func)
+        made.fill_(torch.nan if made.is_floating_point() else 0)
+        assert self._pool is not None
+        self._pool.add(address(made))
+        self._operations.append((again, args, kwargs))
+        return made
+
+
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    if func is torch.ops.aten.index.Tensor:
+        return any(index.dtype == torch.bool for index in tensors_in(args[1]))
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
 class RecordedGraph:
@@ -79,7 +107,8 @@ class RecordedGraph:
     def replay(self) -> None:
         self.num_replays += 1
         if self._device.persistent is not None:
-            self._check_addresses({address(tensor) for tensor in self._device.persistent()})
+            living = {address(tensor) for tensor in self._device.persistent()}
+            self._check_addresses(living | self._device.pool)
         for function, args, kwargs in self.operations:
             function(*args, **kwargs)
 
@@ -93,8 +122,9 @@ class RecordedGraph:
 
 
 class RecordedCapture:
-    def __init__(self, device: RecordingDevice) -> None:
+    def __init__(self, device: RecordingDevice, *, may_allocate: bool) -> None:
         self._device = device
+        self._pool = device.pool if may_allocate else None
         self._operations: list[Operation] = []
 
     @contextlib.contextmanager
@@ -110,7 +140,7 @@ class RecordedCapture:
 
         InterpretedFunction.run = record
         try:
-            with torch.inference_mode(), _Recorder(self._operations):
+            with torch.inference_mode(), _Recorder(self._operations, self._pool):
                 yield
         finally:
             InterpretedFunction.run = run
@@ -139,6 +169,7 @@ class RecordingDevice(InlineDevice):
         self.is_capturing = False
         self.num_capture_allocations = 0
         self.graphs_made: list[RecordedGraph] = []
+        self.pool: set[int] = set()
         self.persistent: Callable[[], Iterable[torch.Tensor]] | None = None
 
     @contextlib.contextmanager
@@ -146,8 +177,8 @@ class RecordingDevice(InlineDevice):
         with torch.inference_mode():
             yield
 
-    def begin_capture(self) -> GraphCapture:
-        return RecordedCapture(self)
+    def begin_capture(self, *, may_allocate: bool = False) -> GraphCapture:
+        return RecordedCapture(self, may_allocate=may_allocate)
 
     def trim(self) -> None:
         """Nothing is held in reserve."""

@@ -94,6 +94,30 @@ def test_step_with_a_prompt_runs_at_the_next_token_size(query_lens: tuple[int, .
     assert not shape.bucket.is_decode
 
 
+def test_steps_with_prompts_of_a_foreign_module_run_at_their_own_sizes_and_are_never_captured() -> None:
+    graphs, _, _ = make(is_foreign=True)
+    assert graphs.shape_of(batch(1, 1, 5)) == StepShape(AttentionBucket(7, 3, 2), 3)
+    graphs.run(graphs.step_key(graphs.mixed_shape(8), SamplerKind.GENERAL))
+    assert graphs.num_misses == 1 and not graphs.has_captures_due
+    assert graphs.shape_of(batch(1, 1, 1)).bucket.is_decode
+    graphs.run(decode_key(graphs, 4))
+    capture_pending(graphs)
+    graphs.run(decode_key(graphs, 4))
+    assert graphs.num_replays == 1
+    graphs.capture_all()
+    shapes = [key.shape for key in graphs.default_keys()]
+    assert graphs.num_captured == len(shapes) and all(shape.bucket.is_decode for shape in shapes if shape)
+
+
+def test_memory_that_a_capture_takes_between_its_slices_is_counted() -> None:
+    graphs, _, device = make(is_foreign=True)
+    graphs.run(decode_key(graphs, 4))
+    graphs.capture_slice()
+    device.total_bytes -= 2 * 700  # half of what is there is free
+    capture_pending(graphs)
+    assert graphs.num_bytes == GRAPH_BYTES + 700
+
+
 def test_more_pairs_than_rows_take_the_size_of_the_pairs() -> None:
     graphs, _, _ = make()
     assert graphs.shape_of(batch(1, num_pairs=3)).num_pairs == 4
@@ -256,3 +280,19 @@ def test_recording_device_sees_a_stale_address() -> None:
     device.persistent = lambda: [torch.ones(3)]
     with pytest.raises(AssertionError, match="nobody's any more"):
         graph.replay()
+
+
+def test_only_captures_that_may_allocate_do_and_replays_fill_their_memory_again() -> None:
+    device, memory = RecordingDevice(), torch.ones(3)
+    device.persistent = lambda: [memory]
+    capture = device.begin_capture(may_allocate=True)
+    with capture.slice():
+        memory.copy_(memory * 2)
+    graph = capture.end()
+    assert memory.tolist() == [1, 1, 1]
+    for expected in (2.0, 4.0):
+        with device.on_stream():
+            graph.replay()
+        assert memory.tolist() == [expected] * 3
+    with pytest.raises(CaptureError, match="allocates"), device.begin_capture().slice():
+        memory.copy_(memory * 2)

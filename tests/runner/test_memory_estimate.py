@@ -15,6 +15,7 @@ from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.registry import find_family, read_model_config
+from graphllm.quant.scheme_source import one_scheme
 from graphllm.quant.unquantized import Unquantized
 from graphllm.runner.memory_estimate import estimate_arena_bytes, estimate_table_bytes, weight_bytes
 from graphllm.runner.memory_plan import StepLimits
@@ -52,7 +53,7 @@ def test_weights_are_counted_by_part_as_the_decoder_has_them(variant: str, dtype
     decoder = Decoder(
         config,
         backend=PagedAttention(block_size=16),
-        scheme=Unquantized(linear_ref),
+        schemes=one_scheme(Unquantized(linear_ref)),
         device=torch.device("meta"),
         dtype=dtype,
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from graphllm.cache.kv_cache import KVCacheShape
+from graphllm.cache.kv_groups import group_layers
 from graphllm.config import EngineConfig
 from graphllm.errors import ConfigError
 from graphllm.runner.memory_plan import (
@@ -168,6 +169,25 @@ def refusal_of(memory: DeviceMemory = MEMORY, **flags: object) -> str:
     with pytest.raises(ConfigError) as refusal:
         device_plan(memory, **flags)
     return refusal.value.message
+
+
+def test_windows_let_longer_sequences_into_the_same_memory() -> None:
+    windowed = dataclasses.replace(LLAMA_8B, kv_groups=group_layers([None, 1024] * 16, max_model_len=131072))
+    config = EngineConfig(max_model_len=131072)
+    plan = plan_device_memory(config, windowed, limits=limits_of(), memory=MEMORY)
+    # 16 layers with everything; 16 with a window, a step of 2,048 tokens and a block at each end.
+    assert plan.most_blocks_of_a_sequence == 131072 // 16 + (1024 + 2048) // 16 + 2
+    assert plan.bytes_per_block == 16 * LLAMA_8B.bytes_per_token // 2
+    assert plan.num_blocks // 2 == device_plan().num_blocks
+    little = 9 * GIB
+    kept = plan_device_memory(
+        EngineConfig(kv_cache_memory_bytes=little), windowed, limits=limits_of(), memory=MEMORY
+    )
+    assert kept.num_blocks - 1 >= kept.most_blocks_of_a_sequence
+    with pytest.raises(ConfigError, match=r"holds 73[0-9]{3} tokens, but one sequence of 131072"):
+        plan_device_memory(
+            EngineConfig(kv_cache_memory_bytes=little), LLAMA_8B, limits=limits_of(), memory=MEMORY
+        )
 
 
 def test_kv_cache_takes_what_utilization_leaves() -> None:

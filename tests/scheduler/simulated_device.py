@@ -3,7 +3,8 @@
 The KV of a position depends on all tokens up to it, so KV memory here holds, for each (block, offset), a
 checksum of exactly these tokens. Every row checks that the context it reads through its slot's block
 table is that of its slot's token history, so that a block given to two owners, a missed copy, a wrong
-cached prefix or a stale table fails at once. The "model" is a hash of the context and the sibling's number.
+cached prefix or a stale table fails at once. Of a windowed group it reads what the window shows. The
+"model" is a hash of the context and the sibling's number.
 
 Steps run only when the test completes them, as late as can be. A step that fails leaves garbage wherever
 it would have written. Copies between the tiers spoil their destination when they are launched and fill
@@ -31,6 +32,7 @@ from tests.scheduler.simulated_constraint import SimulatedConstraint
 VOCAB_SIZE = 97
 EOS = 96
 GARBAGE = -1
+_GROUP = 1 << 32  # what tells one group's fake KV of a position from the next one's
 _BYTES = [bytes((number,)) for number in range(256)]
 
 
@@ -126,6 +128,7 @@ class SimulatedDevice:
     num_blocks: int
     block_size: int
     num_host_blocks: int = 0
+    windows: tuple[int | None, ...] = (None,)
     memory: list[list[int]] = field(init=False)
     host_memory: list[list[int]] = field(init=False)
     slots: dict[int, _Slot] = field(default_factory=dict)
@@ -174,7 +177,7 @@ class SimulatedDevice:
         for number, state in step.installs:
             self.slots[number] = state
         for append in batch.block_appends:
-            self.slots[append.slot].blocks[append.start :] = append.blocks
+            self.slots[append.slot].blocks[append.start * len(self.windows) :] = append.blocks
         if fails:
             for number in {row.slot for row in batch.rows} | {pair.slot for pair in batch.pairs}:
                 self.slots[number].is_spoiled = True
@@ -211,25 +214,36 @@ class SimulatedDevice:
     def _forward(self, slot: _Slot, num_tokens: int, *, must_be_right: bool) -> None:
         start, end = slot.num_computed, slot.num_computed + num_tokens
         assert end <= len(slot.tokens), "a row beyond its tokens"
-        assert end <= len(slot.blocks) * self.block_size, "a row beyond its blocks"
+        assert end * len(self.windows) <= len(slot.blocks) * self.block_size, "a row beyond its blocks"
         if not slot.is_spoiled and not self._reads(slot, start):
             assert not must_be_right, "a row read somebody else's KV"
             slot.is_spoiled = True
         assert not (must_be_right and slot.is_spoiled), "a row goes on that a failed step has spoiled"
-        size, memory, blocks, chain = self.block_size, self.memory, slot.blocks, slot.chain
-        for position in range(start, end):
-            block = blocks[position // size]
-            assert block != 0, "the null block is never written"
-            memory[block][position % size] = GARBAGE if slot.is_spoiled else chain[position]
+        size, memory, chain = self.block_size, self.memory, slot.chain
+        for group in range(len(self.windows)):
+            blocks = slot.blocks[group :: len(self.windows)]
+            for position in range(start, end):
+                block = blocks[position // size]
+                assert block != 0, "the null block is never written"
+                kv = chain[position] + group * _GROUP
+                memory[block][position % size] = GARBAGE if slot.is_spoiled else kv
         slot.num_computed = end
 
     def _reads(self, slot: _Slot, num_tokens: int) -> bool:
-        """Whether the first positions hold this slot's own KV."""
-        context: list[int] = []
-        memory = self.memory
-        for block in slot.blocks[: -(-num_tokens // self.block_size)]:
-            context += memory[block]
-        return context[:num_tokens] == slot.chain[:num_tokens]
+        """Whether each group holds this slot's own KV of the positions that the next token sees."""
+        size, memory, num_groups = self.block_size, self.memory, len(self.windows)
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, num_tokens - window + 1) // size
+            context: list[int] = []
+            seen = slice(first * num_groups + group, -(-num_tokens // size) * num_groups, num_groups)
+            for block in slot.blocks[seen]:
+                context += memory[block]
+            expected = slot.chain[first * size : num_tokens]
+            if group:
+                expected = [value + group * _GROUP for value in expected]
+            if context[: len(expected)] != expected:
+                return False
+        return True
 
     # -- transfers --------------------------------------------------------------------------------
 
@@ -284,9 +298,10 @@ class Simulation:
         max_num_batched_tokens: int = 32,
         depth: int = 2,
         host_tier: HostTier | None = None,
+        windows: tuple[int | None, ...] = (None,),
         **limits: int,
     ) -> None:
-        self.manager = BlockManager(num_blocks, block_size)
+        self.manager = BlockManager(num_blocks, block_size, windows=windows)
         self.slots = SlotAllocator(max_num_seqs + 2)
         self.host_tier = host_tier or HostTier()
         self.scheduler = Scheduler(
@@ -299,7 +314,7 @@ class Simulation:
             host_tier=self.host_tier,
             hash_secret=b"simulation",
         )
-        self.device = SimulatedDevice(num_blocks, block_size, self.host_tier.num_blocks)
+        self.device = SimulatedDevice(num_blocks, block_size, self.host_tier.num_blocks, windows)
         self.depth = depth
         self.groups: list[SequenceGroup] = []
         self.num_steps = 0

@@ -28,6 +28,7 @@ class Outcome:
     seconds: float = 0.0
     longest_wait: int = 0
     num_evicted_blocks: int = 0
+    num_passed_blocks: int = 0  # released behind windows
     num_constrained_tokens: int = 0
     num_overtakers: int = 0
     counters: KVCounters = field(default_factory=KVCounters)
@@ -37,6 +38,7 @@ class Outcome:
         self.num_requests += world.num_requests
         self.longest_wait = max(self.longest_wait, world.longest_wait)
         self.num_evicted_blocks += world.manager.num_evicted_blocks
+        self.num_passed_blocks += world.manager.num_passed_blocks
         self.num_constrained_tokens += world.num_constrained_tokens
         self.num_overtakers += world.num_overtakers
         for name in (each.name for each in fields(KVCounters)):

@@ -14,17 +14,19 @@ from typing import Any
 
 import pytest
 
+from graphllm.cache import prefix_hash
+from graphllm.cache.block_layout import BlockLayout
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
 from graphllm.cache.prefix_hash import PrefixHasher
-from graphllm.scheduler import queues, scheduler, tiers
+from graphllm.scheduler import prefix_sharing, queues, scheduler, step_builder, tiers, windows
 from graphllm.scheduler.prefix_sharing import PrefixSharing
 from graphllm.scheduler.scheduler import Scheduler
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.scheduler.step_builder import StepBuilder
 from graphllm.scheduler.tiers import Tiers
 from tests.simulation.episodes import STEPS_OF_A_WORLD, SimulationFailure, simulate
-from tests.simulation.world import CROWD, STORM, Configuration, World
+from tests.simulation.world import CROWD, STORM, WINDOWED_CROWD, WINDOWED_STORM, Configuration, World
 
 MAX_WORLDS = 12
 PRIORITIES = replace(CROWD, num_priorities=4)
@@ -60,14 +62,14 @@ MUTANTS = {
     "a shared block is written": Mutant(
         StepBuilder,
         "_grow",
-        "copies = num_written > 0 and manager.reference_count(table[first]) > 1",
-        "copies = False",
+        "copies = num_groups if num_written > 0 and manager.reference_count(table[first]) > 1 else 0",
+        "copies = 0",
         without_checks=True,
     ),
     "a failed step's blocks stay published": Mutant(
         PrefixSharing,
         "_withdraw",
-        "self._manager.withdraw(publication.block, publication.content_hash)",
+        "self._manager.withdraw(publication.block, publication.key)",
         "pass",
         configuration=STORM,
         without_checks=True,
@@ -169,6 +171,76 @@ MUTANTS = {
         configuration=CONSTRAINED,
         without_checks=True,
     ),
+    "a block is released that the next token sees": Mutant(
+        BlockLayout,
+        "first_column",
+        "num_tokens - window + 1)",
+        "num_tokens - window + 2)",
+        configuration=WINDOWED_CROWD,
+        without_checks=True,
+    ),
+    "what falls behind a window is kept": Mutant(
+        windows,
+        "release_behind_windows",
+        "while entry >= 0 and",
+        "while False and",
+        configuration=WINDOWED_STORM,
+    ),
+    "blocks behind a window are free before the step that reads them has ended": Mutant(
+        BlockManager,
+        "release",
+        "if self._fence > self._completed_step:",
+        "if self._fence > self._completed_step and not passed:",
+        configuration=WINDOWED_STORM,
+        without_checks=True,
+    ),
+    "a prefix is found without its windows": Mutant(
+        BlockLayout,
+        "longest_prefix",
+        "if missing is None:",
+        "if True:",
+        configuration=WINDOWED_STORM,
+        without_checks=True,
+    ),
+    "a prefix is found by the first group alone": Mutant(
+        PrefixSharing,
+        "look_up",
+        "min(map(len, runs))",
+        "len(runs[0])",
+        configuration=replace(WINDOWED_STORM, windows=(None, None)),
+        without_checks=True,
+    ),
+    "groups find each other's blocks": Mutant(
+        prefix_hash,
+        "content_key",
+        "bytes((group,)) if group else content_hash",
+        "b''",
+        configuration=WINDOWED_STORM,
+        without_checks=True,
+    ),
+    "a swapped sequence leaves the blocks of one group behind": Mutant(
+        Tiers,
+        "swap_out",
+        "if block != NULL_BLOCK:",
+        "if block != NULL_BLOCK and index % 3:",
+        configuration=WINDOWED_CROWD,
+    ),
+    "a swapped sequence finds another group's block": Mutant(
+        Tiers,
+        "swap_in",
+        "content_key(sequence.block_hashes[column], group)",
+        "content_key(sequence.block_hashes[column], 0)",
+        configuration=WINDOWED_CROWD,
+        without_checks=True,
+    ),
+    "only one group's part of a shared column is copied": Mutant(
+        StepBuilder,
+        "_grow",
+        "copies = num_groups if",
+        "copies = 1 if",
+        configuration=WINDOWED_CROWD,
+        without_checks=True,
+    ),
     "newer requests overtake swapped ones": Mutant(
         Scheduler, "_admit", "swapped.group.place <= waiting.group.place", "False", configuration=CROWD
     ),
@@ -204,7 +276,8 @@ def test_failing_seed_is_named_and_fails_again(monkeypatch: pytest.MonkeyPatch) 
 def _plant(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     function = mutant.function()
     monkeypatch.setattr(mutant.owner, mutant.name, function)
-    for user in (scheduler, tiers):  # those that have imported a function by its name
+    # And where a function was imported by its name.
+    for user in (scheduler, tiers, step_builder, prefix_sharing):
         if not inspect.isclass(mutant.owner) and hasattr(user, mutant.name):
             monkeypatch.setattr(user, mutant.name, function)
 

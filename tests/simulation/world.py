@@ -12,6 +12,7 @@ from bisect import insort
 from dataclasses import dataclass, replace
 
 from graphllm.batch import ScheduledBatch
+from graphllm.cache.block_layout import BlockLayout
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
 from graphllm.outputs import FinishReason
@@ -57,6 +58,7 @@ class Configuration:
     copy_latency: float
     num_priorities: int
     constrained_share: float
+    windows: tuple[int | None, ...] = (None,)
 
     @staticmethod
     def draw(rng: random.Random) -> Configuration:
@@ -64,20 +66,23 @@ class Configuration:
         num_priorities = rng.choice([1, 1, 4])
         constrained_share = rng.choice([0.0, 0.4])
         if rng.random() < 0.3:
-            worst = rng.choice([STORM, CROWD])
+            worst = rng.choice([STORM, CROWD, WINDOWED_STORM, WINDOWED_CROWD])
             return replace(worst, num_priorities=num_priorities, constrained_share=constrained_share)
         block_size = rng.choice([1, 2, 4, 4, 4, 8, 16])
         longest = rng.choice([24, 48, 64])
-        num_for_longest = -(-longest // block_size)
+        max_num_batched_tokens = rng.choice([9, 16, 32])
+        windows = rng.choice(_WINDOWS)
+        layout = BlockLayout(block_size, windows)
+        num_for_longest = layout.num_at_most(longest, max_step_tokens=max_num_batched_tokens)
         max_pinned_blocks = rng.choice([0, 0, 4])
         num_blocks = 1 + num_for_longest + max_pinned_blocks + rng.randrange(0, 2 * num_for_longest + 1)
         return Configuration(
             block_size=block_size,
-            num_blocks=min(num_blocks, 128),
+            num_blocks=num_blocks if len(windows) > 1 else min(num_blocks, 128),
             num_swap_blocks=rng.choice([0, num_for_longest, 4 * num_for_longest]),
             num_cache_blocks=rng.choice([0, 6, 64]),
             max_num_seqs=rng.randrange(1, 9),
-            max_num_batched_tokens=rng.choice([9, 16, 32]),
+            max_num_batched_tokens=max_num_batched_tokens,
             depth=rng.choice([1, 2, 2, 2]),
             longest=longest,
             longest_prompt=rng.choice([longest - 1, longest // 2, longest // 6]),
@@ -92,6 +97,7 @@ class Configuration:
             copy_latency=rng.choice([0.0, 4e-4]),
             num_priorities=num_priorities,
             constrained_share=constrained_share,
+            windows=windows,
         )
 
 
@@ -133,6 +139,26 @@ CROWD = replace(
 )
 
 
+# The same with two groups of layers that see a block or two beside one that sees everything.
+WINDOWED_STORM = replace(
+    STORM, num_blocks=160, num_swap_blocks=128, num_cache_blocks=48, windows=(None, 5, 5)
+)
+WINDOWED_CROWD = replace(
+    CROWD, num_blocks=72, num_swap_blocks=128, num_cache_blocks=128, windows=(None, 7, 7)
+)
+
+# Of the groups of layers; half of all worlds have but one, as most models.
+_WINDOWS: list[tuple[int | None, ...]] = [
+    *[(None,)] * 6,
+    (None, 6),
+    (6, None),
+    (None, 1, 9),
+    (None, None, 4),
+    (7,),
+    (3, 11),
+]
+
+
 class World:
     """One scheduler and what happens to it. Raises AssertionError when anything is wrong."""
 
@@ -140,7 +166,7 @@ class World:
         self.rng = random.Random(seed)
         self.configuration = configuration or Configuration.draw(self.rng)
         conf = self.configuration
-        self.manager = BlockManager(conf.num_blocks, conf.block_size)
+        self.manager = BlockManager(conf.num_blocks, conf.block_size, windows=conf.windows)
         self.slots = SlotAllocator(conf.max_num_seqs + 2)
         self.host = HostTier(num_swap_blocks=conf.num_swap_blocks, num_cache_blocks=conf.num_cache_blocks)
         self.scheduler = Scheduler(
@@ -159,7 +185,10 @@ class World:
             hash_secret=b"simulation",
         )
         self.device = SimulatedDevice(
-            conf.num_blocks, conf.block_size, conf.num_swap_blocks + conf.num_cache_blocks
+            conf.num_blocks,
+            conf.block_size,
+            conf.num_swap_blocks + conf.num_cache_blocks,
+            conf.windows,
         )
         self.open: list[SequenceGroup] = []  # requests that have not ended, in order of priority and arrival
         self.num_constrained_tokens = 0

@@ -1,7 +1,6 @@
 """DeepSeek-V2 (2024, arXiv:2405.04434) and V3 (2024, arXiv:2412.19437): latent attention, and experts.
 
-The cache holds spelled-out heads and not the latents (`layers/latent_attention.py`): right, but many times
-as large. Layers behind the last one predict further tokens; they are not served.
+Layers behind the last one predict further tokens; they are not served.
 """
 
 from __future__ import annotations
@@ -104,8 +103,6 @@ def _read_common(
         config.refuse("num_key_value_heads", "is not 'num_attention_heads', as latent attention has it")
     turned_dim, value_dim = base.head_dim, config.positive_int("v_head_dim")
     head_dim = turned_dim + config.positive_int("qk_nope_head_dim")
-    if value_dim > head_dim:
-        config.refuse("v_head_dim", f"is {value_dim}, more than the {head_dim} dimensions of a key")
     latent = LatentConfig(
         query_rank=None if config.get("q_lora_rank") is None else config.positive_int("q_lora_rank"),
         key_value_rank=config.positive_int("kv_lora_rank"),

@@ -1,6 +1,6 @@
 """gpt-oss (OpenAI, 2025, arXiv:2508.10925): sinks, windows in every other layer, biases everywhere.
 
-The published checkpoints store experts in MXFP4; they are unpacked when they are loaded.
+The published checkpoints store experts in MXFP4 (`quant/mxfp4.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from graphllm.models.hf_config import HFConfig
 from graphllm.models.hf_decoder import read_decoder_config, read_layer_types
 from graphllm.models.hf_moe import read_routing, with_experts
 from graphllm.models.hf_rope import FULL, SLIDING, RopeDefaults
-from graphllm.models.mxfp4 import MXFP4Checkpoint
 from graphllm.models.weight_layouts import stacked_pairs, stacked_transposed
 
 
 def read_config(config: HFConfig) -> ModelConfig:
     """The first layer has a window, the second has none, and so on, unless the file says otherwise."""
-    _read_packing(config)
     if config.get("experts_per_token", top_k := config.positive_int("num_experts_per_tok")) != top_k:
         config.refuse("experts_per_token", "contradicts 'num_experts_per_tok'")
     config.get("initial_context_length")  # rotary's original context once more
@@ -52,15 +50,6 @@ def read_config(config: HFConfig) -> ModelConfig:
     return with_experts(replace(base, has_sinks=True), moe)
 
 
-def _read_packing(config: HFConfig) -> None:
-    """How the weights are stored; the tensors themselves say which of them are."""
-    packing = config.section("quantization_config")
-    if packing.get("quant_method", "mxfp4") != "mxfp4":
-        packing.refuse("quant_method", "is not mxfp4, the only one that this architecture comes in")
-    packing.get("modules_to_not_convert")
-    packing.check_understood()
-
-
 GPT_OSS = Family(
     architectures=("GptOssForCausalLM",),
     read_config=read_config,
@@ -77,5 +66,4 @@ GPT_OSS = Family(
         "layers.{}.moe.gate_up": stacked_pairs,
         "layers.{}.moe.down": stacked_transposed,
     },
-    unpack=MXFP4Checkpoint,
 )
