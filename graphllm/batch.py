@@ -18,12 +18,14 @@ class SlotInstall:
     """Build a slot's device rows from the host's truth, before the step's forward.
 
     The token row, the block table and the sampling parameters are taken from `sequence` at launch,
-    and `num_computed_tokens` is the number of positions whose KV the step will find.
+    and `num_computed_tokens` is the number of positions whose KV the step will find. adapter_place: where
+    on the device the sequence's adapter lies, -1 for the base model alone.
     """
 
     sequence: Sequence
     slot: int
     num_computed_tokens: int
+    adapter_place: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class ScheduledBatch:
     (source block, destination block), independent of each other. `pairs` lists what is sampled; a row
     in the middle of its prefill has none, the last row of a prompt has one for each sequence of its group.
     `spans` lists what of prompts is scored, behind all that. `pools`: some row is of a pooling request.
+    `uses_adapters`: some row's sequence has one.
     """
 
     step_id: int
@@ -117,6 +120,7 @@ class ScheduledBatch:
     copies: list[tuple[int, int]] = field(default_factory=list)
     spans: list[ScoredSpan] = field(default_factory=list)
     pools: bool = False
+    uses_adapters: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -128,6 +128,7 @@ REASONING_PARSERS = (
 # The names of models/quantization.py, which lies on a higher floor; a test holds both together.
 QUANTIZATIONS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "int4", "int8", "mxfp4")
 _SMALLEST_CARD_BYTES = 1024**3
+_LORA_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -186,6 +187,20 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     if not words or not all(word.isascii() and word.isdigit() for word in words):
         raise ConfigError(f"{text!r} is not a list of sizes; write for example 1,2,4,8.")
     return tuple(int(word) for word in words)
+
+
+def parse_lora_module(text: str) -> tuple[str, ...]:
+    """`"name=path"` to a tuple of it. Raises ConfigError for anything else."""
+    split_lora_module(text)
+    return (text,)
+
+
+def split_lora_module(text: str) -> tuple[str, str]:
+    """The two sides of `"name=path"`. Raises ConfigError."""
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise ConfigError(f"--lora-modules {text!r} is not of the form name=path.")
+    return name, path
 
 
 def parse_path(text: str) -> tuple[str, ...]:
@@ -299,6 +314,27 @@ class EngineConfig:
     max_pinned_share: float = option(
         0.25, "Largest share of the KV cache that pinned prefixes may take, from 0 to below 1."
     )
+    enable_lora: bool = option(
+        False,
+        "Serve LoRA adapters beside the base model, loaded at run time or by --lora-modules: requests choose "
+        "one by its name as their model.",
+    )
+    lora_modules: tuple[str, ...] | None = option(
+        None,
+        "Adapters that are served from the start: folders as peft writes them, each with the name that "
+        "requests call it. Switches --enable-lora on.",
+        parse=parse_lora_module,
+        metavar="NAME=PATH",
+    )
+    max_loras: int = option(4, "Most adapters that the sequences of a step may have.")
+    max_lora_rank: int = option(
+        16, "Largest rank of an adapter; memory is set aside for it.", choices=_LORA_RANKS
+    )
+    max_cpu_loras: int | None = option(
+        None,
+        "Most adapters that are loaded at once, all of which have a copy in host memory; by default as many "
+        "as --lora-modules, and at least twice --max-loras.",
+    )
     debug_kv: bool = option(
         False, "Check every invariant of KV blocks after each step: slow, and a violation ends the engine."
     )
@@ -351,7 +387,33 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-pinned-share must be at least 0 and below 1, not {self.max_pinned_share:g}."
             )
+        self._check_lora()
         self._check_capture_sizes()
+
+    @property
+    def serves_lora(self) -> bool:
+        """Whether there is memory for adapters."""
+        return self.enable_lora or bool(self.lora_modules)
+
+    @property
+    def max_loaded_loras(self) -> int:
+        """How many adapters may be loaded at once."""
+        return self.max_cpu_loras or max(2 * self.max_loras, len(self.lora_modules or ()))
+
+    def _check_lora(self) -> None:
+        _check_positive("max_loras", self.max_loras)
+        if self.max_lora_rank not in _LORA_RANKS:
+            ranks = ", ".join(map(str, _LORA_RANKS))
+            raise ConfigError(f"--max-lora-rank must be one of {ranks}, not {self.max_lora_rank}.")
+        modules = [split_lora_module(text) for text in self.lora_modules or ()]
+        if len(modules) > len({name for name, _ in modules}):
+            raise ConfigError("--lora-modules gives a name twice.")
+        most = self.max_cpu_loras
+        if most is not None and most < max(self.max_loras, len(modules)):
+            raise ConfigError(
+                f"--max-cpu-loras {most} is below --max-loras {self.max_loras}, or below the number of "
+                f"--lora-modules, {len(modules)}: every adapter has a copy in host memory."
+            )
 
     def _check_capture_sizes(self) -> None:
         if self.enforce_eager:

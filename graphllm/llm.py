@@ -40,6 +40,7 @@ tqdm.monitor_interval = 0  # its monitor is a thread
 
 T = TypeVar("T")
 Conversation = Sequence[Mapping[str, Any]]
+Lora = str | Sequence[str | None] | None
 
 # What vLLM and /v1/completions generate for a prompt whose parameters are not given.
 DEFAULT_MAX_TOKENS = 16
@@ -75,12 +76,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Continue each prompt; results are in the prompts' order.
 
         A prompt is a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`. `sampling_params` is
-        one for all or one for each; by default 16 tokens at temperature 1. A progress bar shows for
+        one for all or one for each; by default 16 tokens at temperature 1. `lora` names an adapter, one
+        for all or one for each, None for the base model; see `load_lora_adapter`. A progress bar shows for
         more than one prompt. Ctrl-C aborts what is running and leaves the LLM usable.
 
         Raises InvalidRequestError for a prompt or parameters that cannot work; nothing is returned
@@ -90,13 +93,14 @@ class LLM:
         params = _params_for_each(
             sampling_params, len(entries), default=SamplingParams(max_tokens=DEFAULT_MAX_TOKENS)
         )
-        return self._generate(entries, params, use_tqdm=use_tqdm, add_special_tokens=True)
+        return self._generate(entries, params, lora, use_tqdm=use_tqdm, add_special_tokens=True)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora: Lora = None,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -104,7 +108,7 @@ class LLM:
         """The assistant's next message of one conversation, or of each of several.
 
         A conversation is a list of `{"role": ..., "content": ...}`. Without `sampling_params` an
-        answer runs to its end or the context's, at temperature 1.
+        answer runs to its end or the context's, at temperature 1. `lora` as in `generate`.
 
         Raises InvalidRequestError, also when the model has no chat template.
         """
@@ -123,12 +127,13 @@ class LLM:
         ]
         params = _params_for_each(sampling_params, len(entries), default=SamplingParams())
         # The template has written the special tokens itself.
-        return self._generate(entries, params, use_tqdm=use_tqdm, add_special_tokens=False)
+        return self._generate(entries, params, lora, use_tqdm=use_tqdm, add_special_tokens=False)
 
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
+        lora: Lora = None,
         normalize: bool | None = None,
         prompt_name: str | None = None,
         use_tqdm: bool = True,
@@ -137,7 +142,8 @@ class LLM:
 
         A model that generates gives the hidden state of the last token behind its last norm. normalize:
         divide vectors by their length; by default as published. prompt_name: which of the model's published
-        prompts goes in front of each text. Prompts are as in `generate`, and may fill the whole context.
+        prompts goes in front of each text. Prompts and `lora` are as in `generate`, and prompts may fill the
+        whole context.
 
         Raises InvalidRequestError for a prompt that cannot work, or a model that is for scores; nothing is
         returned then.
@@ -154,7 +160,10 @@ class LLM:
                 EmbeddingOutput((l2_normalized(pooled.result) if normalizes else pooled.result).tolist()),
             )
             for pooled in self._pool(
-                _as_prompts(prompts), prefix=find_prompt(pooling, prompt_name, None), use_tqdm=use_tqdm
+                _as_prompts(prompts),
+                lora,
+                prefix=find_prompt(pooling, prompt_name, None),
+                use_tqdm=use_tqdm,
             )
         ]
 
@@ -163,6 +172,7 @@ class LLM:
         queries: str | Sequence[str],
         documents: str | Sequence[str],
         *,
+        lora: str | None = None,
         instruction: str | None = None,
         use_activation: bool = True,
         use_tqdm: bool = True,
@@ -170,7 +180,8 @@ class LLM:
         """How well each document answers its query, in `outputs.score`; one query may be for all.
 
         A model for scores reads both as one text; of a model for vectors it is their similarity.
-        instruction: what to judge by, for models that can be told. use_activation: False gives logits.
+        lora: an adapter for all. instruction: what to judge by, for models that can be told. use_activation:
+        False gives logits.
 
         Raises InvalidRequestError, also for a model that gives no scores.
         """
@@ -193,18 +204,24 @@ class LLM:
             params=("queries", "documents"),
         )
         inputs: list[Prompt] = [{"prompt_token_ids": token_ids} for token_ids in pairs.inputs()]
-        results = self._pool(inputs, prefix="", use_tqdm=use_tqdm)
+        results = self._pool(inputs, lora, prefix="", use_tqdm=use_tqdm)
         return [
             ScoringRequestOutput(f"{self._name}-{index}", ScoringOutput(score))
             for index, score in enumerate(pairs.scores([pooled.result for pooled in results]))
         ]
 
     def classify(
-        self, prompts: Prompt | Sequence[Prompt], *, use_activation: bool = True, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        lora: Lora = None,
+        use_activation: bool = True,
+        use_tqdm: bool = True,
     ) -> list[ClassificationRequestOutput]:
         """How likely each of the model's labels is for each prompt, in `outputs.probs`.
 
-        use_activation: False gives logits, which of a reward model are the rewards.
+        Prompts and `lora` are as in `generate`. use_activation: False gives logits, which of a reward model
+        are the rewards.
 
         Raises InvalidRequestError, also for a model that has no labels.
         """
@@ -212,7 +229,7 @@ class LLM:
         if not pooling.labels:
             raise InvalidRequestError("This model has no labels.", param="model")
         outputs = []
-        for pooled in self._pool(_as_prompts(prompts), prefix="", use_tqdm=use_tqdm):
+        for pooled in self._pool(_as_prompts(prompts), lora, prefix="", use_tqdm=use_tqdm):
             probs = activated(pooled.result, pooling, is_raw=not use_activation)
             label = pooling.labels[max(range(len(probs)), key=probs.__getitem__)]
             outputs.append(
@@ -224,6 +241,18 @@ class LLM:
                 )
             )
         return outputs
+
+    def load_lora_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> None:
+        """Load an adapter's folder, which calls may then name; needs `enable_lora`.
+
+        load_inplace: it takes the place of the adapter of that name. Raises InvalidRequestError for a name
+        that cannot be, CheckpointError for a folder that cannot be served.
+        """
+        self._run(self._engine.adapters.load(name, path, replaces=load_inplace))
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Take an adapter's name and memory away. Raises ModelNotFoundError."""
+        self._engine.adapters.unload(name)
 
     def close(self) -> None:
         """Release the model and its memory. Closing again does nothing."""
@@ -245,7 +274,13 @@ class LLM:
         self.close()
 
     def _generate(
-        self, prompts: list[Prompt], params: list[SamplingParams], *, use_tqdm: bool, add_special_tokens: bool
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        lora: Lora,
+        *,
+        use_tqdm: bool,
+        add_special_tokens: bool,
     ) -> list[RequestOutput]:
         with self._progress(len(prompts), use_tqdm=use_tqdm) as bar:
             job = GenerateJob(
@@ -253,12 +288,13 @@ class LLM:
                 self._next_name(),
                 prompts=prompts,
                 params=params,
+                loras=_lora_for_each(lora, len(prompts)),
                 add_special_tokens=add_special_tokens,
                 bar=bar,
             )
             return self._finish(job)
 
-    def _pool(self, prompts: list[Prompt], *, prefix: str, use_tqdm: bool) -> list[Pooled]:
+    def _pool(self, prompts: list[Prompt], lora: Lora, *, prefix: str, use_tqdm: bool) -> list[Pooled]:
         """Each prompt's result; prefix: goes in front of its text."""
         encoder = TextEncoder(
             tokenizer=self._engine.tokenizer,
@@ -268,7 +304,14 @@ class LLM:
             param="prompts",
         )
         with self._progress(len(prompts), use_tqdm=use_tqdm) as bar:
-            job = PoolJob(self._engine, self._next_name(), prompts=prompts, encoder=encoder, bar=bar)
+            job = PoolJob(
+                self._engine,
+                self._next_name(),
+                prompts=prompts,
+                loras=_lora_for_each(lora, len(prompts)),
+                encoder=encoder,
+                bar=bar,
+            )
             return self._finish(job)
 
     def _next_name(self) -> str:
@@ -351,3 +394,14 @@ def _params_for_each(
             param="sampling_params",
         )
     return list(sampling_params)
+
+
+def _lora_for_each(lora: Lora, count: int) -> list[str | None]:
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    if len(lora) != count:
+        raise InvalidRequestError(
+            f"There are {count} prompts and {len(lora)} adapters; give one for all, or one for each.",
+            param="lora",
+        )
+    return list(lora)

@@ -38,9 +38,11 @@ class OfflineJob(ABC, Generic[Output]):
         *,
         prompts: list[Prompt],
         params: list[SamplingParams],
+        loras: list[str | None],
         add_special_tokens: bool,
         bar: Any,
     ) -> None:
+        self._loras = loras
         self._engine = engine
         self._name = name
         self._prompts = prompts
@@ -121,7 +123,8 @@ class OfflineJob(ABC, Generic[Output]):
             token_ids = self._encode(text)
         request_id, params = self._request_id(position), self._params[position]
         sink = self._new_sink(position, text, prompt_token_ids=token_ids)
-        self._engine.add(request_id, token_ids, params=params, sink=sink, pooling=self.pooling)
+        lora = self._loras[position]
+        self._engine.add(request_id, token_ids, params=params, sink=sink, pooling=self.pooling, lora=lora)
 
     def _encode(self, text: str) -> list[int]:
         return self._engine.tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
@@ -175,10 +178,19 @@ class PoolJob(OfflineJob[Pooled]):
     pooling = True
 
     def __init__(
-        self, engine: Engine, name: str, *, prompts: list[Prompt], encoder: TextEncoder, bar: Any
+        self,
+        engine: Engine,
+        name: str,
+        *,
+        prompts: list[Prompt],
+        loras: list[str | None],
+        encoder: TextEncoder,
+        bar: Any,
     ) -> None:
         params = [SamplingParams(max_tokens=0)] * len(prompts)
-        super().__init__(engine, name, prompts=prompts, params=params, add_special_tokens=True, bar=bar)
+        super().__init__(
+            engine, name, prompts=prompts, params=params, loras=loras, add_special_tokens=True, bar=bar
+        )
         self._encoder = encoder
 
     def _encode(self, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from graphllm.adapter import Adapter
 from graphllm.constraint import TokenConstraint
 from graphllm.outputs import FinishReason, PromptLogprobs
 from graphllm.sampling_params import SamplingParams
@@ -151,11 +152,13 @@ class SequenceGroup:
     A lower `priority` runs earlier; `order` numbers arrivals, given by the scheduler. With `pooling` what
     becomes of the prompt's hidden states is the answer; `keeps_device_state` while it is computed, beside its
     blocks: a sequence that gives way then begins anew. `in_one_step`: its prompt cannot be computed in parts;
-    the limits of a step hold it. `prompt_logprobs`: where the prompt's logprobs
+    the limits of a step hold it. `adapter` changes the model for this request, which holds it until `forget`.
+    `prompt_logprobs`: where the prompt's logprobs
     are gathered that `params` ask for, which no cached block can give.
     """
 
     __slots__ = (
+        "adapter",
         "arrival_time",
         "cache_salt",
         "in_one_step",
@@ -189,6 +192,7 @@ class SequenceGroup:
         pooling: bool = False,
         keeps_device_state: bool = False,
         in_one_step: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -205,6 +209,9 @@ class SequenceGroup:
         self.pooling = pooling
         self.keeps_device_state = keeps_device_state
         self.in_one_step = in_one_step
+        self.adapter = adapter
+        if adapter is not None:
+            adapter.retain()
         self.order = 0
         self.siblings_joined = params.n == 1
         self.sequences = [Sequence(self, index) for index in range(params.n)]
@@ -213,6 +220,11 @@ class SequenceGroup:
     def place(self) -> tuple[int, int]:
         """Smaller runs earlier, and gives way later."""
         return self.priority, self.order
+
+    @property
+    def adapter_load(self) -> int:
+        """Which load of an adapter changes the model, 0 for none."""
+        return 0 if self.adapter is None else self.adapter.load_id
 
     @property
     def generates(self) -> bool:
@@ -231,6 +243,9 @@ class SequenceGroup:
         """
         self.prompt_token_ids = []
         self.prompt_logprobs = None
+        if self.adapter is not None:
+            self.adapter.release()
+            self.adapter = None
         for sequence in self.sequences:
             sequence.token_ids = []
             sequence.block_hashes = []

@@ -24,6 +24,7 @@ class Submitted:
     cache_salt: str | None = None
     priority: int = 0
     pooling: bool = False
+    lora: str | None = None
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class FakeEngine:
     refuse_at: int = 0
     tokenizer: FakeTokenizer | None = None
     max_model_len: int = 100
+    adapters: tuple[str, ...] = ()
     pooling: PoolingConfig = GENERATING
 
     def check_generates(self) -> None:
@@ -46,6 +48,9 @@ class FakeEngine:
 
     def check_ready(self) -> None:
         """It always is."""
+
+    def has_adapter(self, name: str) -> bool:
+        return name in self.adapters
 
     def add(
         self,
@@ -57,11 +62,12 @@ class FakeEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         pooling: bool = False,
+        lora: str | None = None,
     ) -> None:
         if self.refusal is not None and len(self.submitted) == self.refuse_at:
             raise self.refusal
         self.submitted.append(
-            Submitted(request_id, prompt_token_ids, params, sink, cache_salt, priority, pooling)
+            Submitted(request_id, prompt_token_ids, params, sink, cache_salt, priority, pooling, lora)
         )
 
     def abort(self, request_id: str) -> None:

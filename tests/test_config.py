@@ -67,6 +67,7 @@ def test_every_field_says_what_it_is(config: type[EngineConfig] | type[ServerCon
     "name",
     [
         "max_num_seqs",
+        "max_loras",
         "block_size",
         "max_model_len",
         "max_num_batched_tokens",
@@ -214,3 +215,39 @@ def test_cards_are_known_by_what_they_calculate_with() -> None:
     assert card_capability("A100 80") == (8, 0)
     assert card_capability("h100") == (9, 0)
     assert card_capability("24GiB") >= (8, 9), "an unknown card is not refused what most have"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"enable_lora": True, "lora_modules": ("a=/a", "a=/b")}, "--lora-modules gives a name twice"),
+        ({"enable_lora": True, "lora_modules": ("a",)}, "--lora-modules 'a' is not of the form name=path"),
+        ({"enable_lora": True, "lora_modules": ("=/a",)}, "'=/a' is not of the form name=path"),
+        ({"max_lora_rank": 7}, "--max-lora-rank must be one of 8, 16, .*, not 7"),
+        ({"max_loras": 4, "max_cpu_loras": 3}, "--max-cpu-loras 3 is below --max-loras 4"),
+        (
+            {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_cpu_loras": 1,
+                "lora_modules": ("a=/a", "b=/b"),
+            },
+            "--max-cpu-loras 1 is below --max-loras 1, or below the number of --lora-modules, 2",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**fields)
+
+
+def test_naming_adapters_switches_them_on() -> None:
+    assert EngineConfig(lora_modules=("a=/a",)).serves_lora
+    assert EngineConfig(enable_lora=True).serves_lora and not EngineConfig().serves_lora
+
+
+def test_adapters_may_be_twice_as_many_as_places_or_as_many_as_are_named() -> None:
+    modules = tuple(f"a{number}=/a" for number in range(20))
+    assert EngineConfig(enable_lora=True, max_loras=3).max_loaded_loras == 6
+    assert EngineConfig(enable_lora=True, max_loras=3, lora_modules=modules).max_loaded_loras == 20
+    assert EngineConfig(enable_lora=True, max_loras=3, max_cpu_loras=4).max_loaded_loras == 4

@@ -3,7 +3,7 @@
 Owns the hash and its seed, nothing else: which block has which content is the block manager's to know.
 
 h_i = SHA-256(h_{i-1} || tokens of block i as uint32), and h_{-1} is a SHA-256 over a secret of this
-process, what else changes KV (model, dtype, adapter), and the request's salt. Equal hashes mean equal
+process, what else changes KV (model, dtype), and the request's salt and adapter. Equal hashes mean equal
 prefixes, and nobody outside can find a collision or guess which salt a prompt was cached under.
 
 Each group of layers keeps a prefix's last tokens in a block of its own; `content_key` tells these apart.
@@ -36,13 +36,23 @@ class PrefixHasher:
         secret = os.urandom(32) if secret is None else secret
         self._seed = _framed(secret) + _framed(fingerprint)
 
-    def root(self, cache_salt: str | None) -> bytes:
-        """The hash before the first block. No salt differs from every salt, the empty one too."""
+    def root(self, cache_salt: str | None, *, adapter_load: int = 0) -> bytes:
+        """The hash before the first block. No salt differs from every salt, the empty one too.
+
+        adapter_load: which load of an adapter changes the model, 0 for none.
+        """
         salt = b"\0" if cache_salt is None else b"\1" + cache_salt.encode("utf-8", "surrogatepass")
-        return hashlib.sha256(self._seed + _framed(salt)).digest()
+        adapter = adapter_load.to_bytes(8, "little") if adapter_load else b""
+        return hashlib.sha256(self._seed + _framed(salt) + _framed(adapter)).digest()
 
     def extend(
-        self, hashes: list[bytes], token_ids: list[int], *, num_blocks: int, cache_salt: str | None
+        self,
+        hashes: list[bytes],
+        token_ids: list[int],
+        *,
+        num_blocks: int,
+        cache_salt: str | None,
+        adapter_load: int = 0,
     ) -> None:
         """Append to `hashes`, those of the first full blocks of `token_ids`, until it has `num_blocks`."""
         first = len(hashes)
@@ -53,7 +63,7 @@ class PrefixHasher:
         tokens = array(_TOKEN_TYPE, token_ids[first * block_size : num_blocks * block_size])
         content = tokens.tobytes()
         num_bytes = tokens.itemsize * block_size
-        parent = hashes[-1] if hashes else self.root(cache_salt)
+        parent = hashes[-1] if hashes else self.root(cache_salt, adapter_load=adapter_load)
         for start in range(0, len(content), num_bytes):
             parent = hashlib.sha256(parent + content[start : start + num_bytes]).digest()
             hashes.append(parent)

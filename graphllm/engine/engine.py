@@ -14,7 +14,9 @@ from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 
-from graphllm.config import EngineConfig
+from graphllm.adapter import Adapter
+from graphllm.config import EngineConfig, split_lora_module
+from graphllm.engine.adapters import AdapterRegistry
 from graphllm.engine.constraints import PendingConstraints
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.loading import load
@@ -25,6 +27,7 @@ from graphllm.engine.sink import Sink
 from graphllm.engine.step_loop import StepLoop
 from graphllm.engine.waiting_grammars import WaitingGrammars, give_constraints
 from graphllm.errors import (
+    CheckpointError,
     ConfigError,
     ContextLengthError,
     EngineUnavailableError,
@@ -60,7 +63,8 @@ class Engine:
     `on_failure` is called once when a loaded engine can no longer serve. With `manage_gc` the
     process's garbage collector is frozen after warm-up and run between steps: right for a server,
     rude in somebody else's process. Requests that bring no cache salt have `default_cache_salt`; only
-    requests of one salt share what is in the prefix cache.
+    requests of one salt share what is in the prefix cache. `base_name` is what requests call the base model,
+    so that no adapter takes it.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Engine:
         self.failure: str | None = None
         self.on_failure: Callable[[], None] | None = None
         self.default_cache_salt: str | None = None
+        self.base_name = config.model
         self._device = device or open_device(config.device, cpu_threads=config.cpu_threads)
         self._garbage = GarbageKeeper(enabled=manage_gc)
         self._random = random.Random(config.seed)
@@ -110,6 +115,7 @@ class Engine:
             await _capture_all(model.runner.graphs, show_progress=show_progress)
         self._task = asyncio.get_running_loop().create_task(self._step_loop.run(), name="step-loop")
         await self._warm_up(self._step_loop)
+        await self._load_modules()
         self._prefixes = PinnedPrefixes(model.scheduler, self._add)
         await self._pin_files(self._prefixes)
         self._compilations.start()
@@ -201,6 +207,7 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         pooling: bool = False,
+        lora: str | None = None,
     ) -> None:
         """Admit a request; its tokens go to `sink`.
 
@@ -208,10 +215,13 @@ class Engine:
         arrival.
         With max_tokens 0 the prompt is computed, and scored if prompt_logprobs ask for it, and nothing is
         generated. With `pooling`, which needs max_tokens 0 and n 1, the answer is what `self.pooling` makes
-        of the prompt's hidden states; scores come as logits. A request whose grammar takes long to compile
-        waits for it: what is wrong with the grammar then reaches the sink, as InvalidRequestError.
+        of the prompt's hidden states; scores come as logits.
+        `lora` is the name of a loaded adapter, None for the base model.
+        A request whose grammar takes long to compile waits for it: what is wrong with the grammar then
+        reaches the sink, as InvalidRequestError.
 
         Raises InvalidRequestError (token ids, lengths, grammars, what the model is not for),
+        ModelNotFoundError (the adapter),
         EngineUnavailableError.
         """
         self.check_ready()
@@ -221,7 +231,16 @@ class Engine:
             raise InvalidRequestError(
                 "Pooling generates nothing: max_tokens must be 0, and n 1.", param="max_tokens"
             )
-        self._add(request_id, prompt_token_ids, params, sink, cache_salt, priority=priority, pooling=pooling)
+        self._add(
+            request_id,
+            prompt_token_ids,
+            params,
+            sink,
+            cache_salt,
+            priority=priority,
+            pooling=pooling,
+            lora=lora,
+        )
         self.metrics.requests.inc()
         self.metrics.prompt_tokens.inc(len(prompt_token_ids))
 
@@ -229,6 +248,23 @@ class Engine:
         """End a request without telling its sink. Unknown and ended requests are no error."""
         if self._step_loop is not None and not self._compiling.abort(request_id):
             self._step_loop.abort(request_id)
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """Raises InvalidRequestError where none are served."""
+        registry = self._loaded.model.adapters
+        if registry is None:
+            raise InvalidRequestError("This server has no adapters; start it with --enable-lora.")
+        return registry
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether requests may name this adapter."""
+        return any(adapter.name == name for adapter in self.loaded_adapters)
+
+    @property
+    def loaded_adapters(self) -> list[Adapter]:
+        registry = None if self._step_loop is None else self._step_loop.model.adapters
+        return [] if registry is None else registry.adapters
 
     async def pin_prefix(self, token_ids: list[int], *, cache_salt: str | None = None) -> PinnedPrefix:
         """Compute a prefix, in turn with the requests, and keep it in the KV cache until it is unpinned.
@@ -261,6 +297,7 @@ class Engine:
         *,
         priority: int = 0,
         pooling: bool = False,
+        lora: str | None = None,
     ) -> None:
         model = self._loaded.model
         if not (pooling or model.is_causal):
@@ -282,13 +319,18 @@ class Engine:
             pooling=pooling,
             keeps_device_state=pooling and model.pooling.needs_all_tokens,
             in_one_step=not model.is_causal,
+            adapter=None if lora is None else self.adapters.find(lora),
         )
         if isinstance(constraint_of, PendingConstraints):
             self._compiling.add(group, sink, constraint_of)
             return
         if constraint_of is not None:
             give_constraints(group, constraint_of)
-        self._loaded.add(group, sink)
+        try:
+            self._loaded.add(group, sink)
+        except GraphLLMError:  # it keeps no adapter
+            group.forget()
+            raise
 
     def _check_lengths(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """The most tokens the request may reach. Raises InvalidRequestError."""
@@ -347,6 +389,20 @@ class Engine:
             except InvalidRequestError as error:
                 raise ConfigError(f"--pin-prefix {path}: {error.message}") from error
             logger.info("pinned %s: %d tokens", path, pinned.num_tokens)
+
+    async def _load_modules(self) -> None:
+        """Load what `--lora-modules` names. Raises StartupError, naming the adapter and the file."""
+        if self._loaded.model.adapters is not None:
+            self._loaded.model.adapters.reserved_names = frozenset({self.base_name})
+        for text in self.config.lora_modules or ():
+            name, path = split_lora_module(text)
+            try:
+                adapter = await self.adapters.load(name, path)
+            except InvalidRequestError as error:
+                raise ConfigError(f"--lora-modules {name}: {error.message}") from error
+            except CheckpointError as error:
+                raise CheckpointError(f"--lora-modules {name}: {error.message}") from error
+            logger.info("adapter %s: rank %d, %s", name, adapter.rank, path)
 
     def _fail_all(self, error: GraphLLMError) -> None:
         self._compiling.fail_all(error)

@@ -18,13 +18,18 @@ from graphllm.cache.host_tier import HostTier
 from graphllm.cache.kv_cache import KVCache, resolve_kv_dtype
 from graphllm.cache.swap import BlockSwapper
 from graphllm.config import EngineConfig
+from graphllm.engine.adapters import AdapterRegistry
 from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
 from graphllm.engine.measured_rates import MeasuredRates
 from graphllm.engine.pooling_limits import limits_of_purpose, with_sizes
 from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
+from graphllm.layers.lora import AdapterMemory
+from graphllm.models.adapter_names import AdapterNames
 from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
+from graphllm.models.decoder import Decoder
+from graphllm.models.family import Family
 from graphllm.models.pooling import PoolingConfig, load_pooler, read_pooling
 from graphllm.models.quantization import read_quantization, refuse_quantization
 from graphllm.models.registry import find_family, read_model_config
@@ -47,6 +52,7 @@ from graphllm.runner.memory_plan import (
 )
 from graphllm.runner.model_runner import ModelRunner
 from graphllm.runner.sampler import MAX_EOS_TOKEN_IDS
+from graphllm.scheduler.adapter_places import AdapterPlaces
 from graphllm.scheduler.scheduler import Scheduler, SchedulerLimits
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.tokenizer.tokenizer import Tokenizer
@@ -68,6 +74,8 @@ class LoadedModel:
     pooling: PoolingConfig
     is_causal: bool
     vocab_size: int
+    adapter_memory: AdapterMemory | None
+    adapters: AdapterRegistry | None
     quantization: str
     """How weights are stored; "" for plain numbers."""
 
@@ -76,6 +84,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     """Read the checkpoint, plan memory, allocate it. Raises StartupError."""
     path = resolve_model(config)
     checkpoint = open_model(path, config.load_format)
+    family = None
     tokenizer = checkpoint.load_tokenizer()
     fallback = find_fallback(
         checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
@@ -91,6 +100,10 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
     else:
         refuse_quantization(checkpoint, asked=config.quantization)
         model_config = fallback.config
+        if config.serves_lora:
+            raise ConfigError(
+                "--enable-lora needs a model that graphllm computes itself; transformers computes this one."
+            )
     pooling = with_sizes(read_pooling(checkpoint, family, model_config), config.matryoshka_dimensions)
     model_config, config = limits_of_purpose(config, model_config, pooling, device_type=torch_device.type)
     captures = not config.enforce_eager
@@ -204,7 +217,26 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         pooling=pooling,
         is_causal=model_config.is_causal,
         vocab_size=model_config.vocab_size,
+        adapter_memory=parts.adapters,
+        adapters=_build_registry(config, model, family, memory=parts.adapters, device=device),
         quantization=quantization,
+    )
+
+
+def _build_registry(
+    config: EngineConfig,
+    model: ServedModel,
+    family: Family | None,
+    *,
+    memory: AdapterMemory | None,
+    device: Device,
+) -> AdapterRegistry | None:
+    """Who knows the adapters; None where none are served."""
+    if memory is None:
+        return None
+    assert isinstance(model, Decoder) and family is not None, "only these have places for adapters"
+    return AdapterRegistry(
+        AdapterNames(model, family), memory.layout, max_adapters=config.max_loaded_loras, device=device
     )
 
 
@@ -236,7 +268,9 @@ def _build_scheduler(
             max_pinned_blocks=plan_pinned_blocks(config, plan),
         ),
         BlockManager(plan.num_blocks, plan.block_size, windows=windows),
-        slots=SlotAllocator(plan.num_slots),
+        slots=SlotAllocator(
+            plan.num_slots, adapters=AdapterPlaces(config.max_loras if config.serves_lora else 0)
+        ),
         eos_token_ids=eos_token_ids,
         host_tier=HostTier(num_swap_blocks=host.num_swap_blocks, num_cache_blocks=host.num_cache_blocks),
         # One process has one model in one format; what else changes KV goes here.

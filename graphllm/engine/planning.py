@@ -26,6 +26,7 @@ from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.runner.memory_estimate import (
     WeightBytes,
+    adapter_bytes,
     estimate_arena_bytes,
     estimate_table_bytes,
     weight_bytes,
@@ -54,6 +55,7 @@ _MOST_SUGGESTED_SEQS = 256
 class CapacityPlan:
     """What fits. `plan` is None, and `refusal` says why, where the flags cannot work on the card.
 
+    adapter_bytes: of the places for LoRA adapters, which the memory's tables have among them.
     quantization: how weights are stored, "" for plain numbers.
     """
 
@@ -67,6 +69,7 @@ class CapacityPlan:
     kv_shape: KVCacheShape
     limits: StepLimits
     memory: DeviceMemory
+    adapter_bytes: int
     plan: MemoryPlan | None
     refusal: str | None
 
@@ -150,6 +153,10 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
     weights = weight_bytes(model_config, dtype, quantization=quantization)
     total_bytes = parse_card(plan_config.gpu)
     free_bytes_at_start = total_bytes - ASSUMED_CONTEXT_BYTES
+    places = 0
+    if config.serves_lora:
+        rank = config.max_lora_rank
+        places = adapter_bytes(model_config, dtype, max_loras=config.max_loras, max_rank=rank)
     memory = DeviceMemory(
         total_bytes=total_bytes,
         free_bytes_at_start=free_bytes_at_start,
@@ -157,7 +164,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         arena_bytes=estimate_arena_bytes(
             model_config, dtype, limits=limits, max_num_seqs=config.max_num_seqs
         ),
-        table_bytes=estimate_table_bytes(model_config, limits, max_num_seqs=config.max_num_seqs),
+        table_bytes=places + estimate_table_bytes(model_config, limits, max_num_seqs=config.max_num_seqs),
         graph_bytes=0 if config.enforce_eager else ASSUMED_GRAPH_BYTES,
     )
     plan, refusal = None, None
@@ -176,6 +183,7 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
         kv_shape=kv_shape,
         limits=limits,
         memory=memory,
+        adapter_bytes=places,
         plan=plan,
         refusal=refusal,
     )
@@ -196,7 +204,8 @@ def as_json(capacity: CapacityPlan) -> dict[str, Any]:
         "context_bytes_assumed": memory.other_bytes,
         "weight_bytes": dataclasses.asdict(capacity.weights) | {"total": capacity.weights.total},
         "arena_bytes_estimated": memory.arena_bytes,
-        "table_bytes_estimated": memory.table_bytes,
+        "table_bytes_estimated": memory.table_bytes - capacity.adapter_bytes,
+        "adapter_bytes": capacity.adapter_bytes,
         "graph_bytes_assumed": memory.graph_bytes,
         "kv_cache_bytes": max(0, capacity.kv_bytes),
         "kv_dtype": _name(capacity.kv_shape.dtype),
@@ -258,7 +267,12 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
         ("  norms", weights.norms, f"{weights.norms / 1024**2:.2f} MiB"),
         ("  head", weights.head, "" if weights.head else "the embedding's"),
         ("largest step", memory.arena_bytes, f"estimated, {limits.max_num_batched_tokens:,} tokens"),
-        ("step tables", memory.table_bytes, f"estimated, {limits.num_slots} slots"),
+        (
+            "step tables",
+            memory.table_bytes - capacity.adapter_bytes,
+            f"estimated, {limits.num_slots} slots",
+        ),
+        ("adapters", capacity.adapter_bytes, _adapters_note(capacity.config)),
         ("CUDA graphs", memory.graph_bytes, "assumed, not measured" if memory.graph_bytes else "none"),
         ("KV cache", max(0, capacity.kv_bytes), per_token),
     ]
@@ -273,6 +287,12 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
             blocks += f", {num_blocks * kv_shape.block_size:,} tokens in all"
         lines.append(f"{'':<16} {blocks}")
     return lines
+
+
+def _adapters_note(config: EngineConfig) -> str:
+    if not config.serves_lora:
+        return "none (--enable-lora)"
+    return f"--max-loras {config.max_loras} of --max-lora-rank {config.max_lora_rank}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from graphllm.engine.adapter_uploads import AdapterUploads
 from graphllm.engine.garbage import GarbageKeeper
 from graphllm.engine.held_rows import HeldRows
 from graphllm.engine.loading import LoadedModel
@@ -66,7 +67,8 @@ class StepLoop:
         self._debug_kv = debug_kv
         self._num_checks = 0
         self._scheduler = model.scheduler
-        self._transfers = Transfers(model.scheduler, model.swapper, rates=model.rates)
+        uploads = AdapterUploads(model.scheduler, model.adapter_memory, device=device)
+        self._transfers = Transfers(model.scheduler, model.swapper, rates=model.rates, uploads=uploads)
         self._graphs = model.runner.graphs
         self._publisher = Publisher(
             model.scheduler, metrics, on_end=self._request_ended, on_broken=self._request_broken

@@ -89,6 +89,7 @@ class WaitingGrammars:
 
     def _count_end(self, request: _Waiting, reason: str) -> None:
         self._metrics.sequences_finished.labels(reason).inc(len(request.group.sequences))
+        request.group.forget()
 
 
 def give_constraints(group: SequenceGroup, constraint_of: ConstraintFactory) -> None:

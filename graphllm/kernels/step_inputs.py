@@ -36,7 +36,7 @@ from graphllm.kernels.triton_support import (
 
 _DECODE_TILE = 128  # rows of a program, one for each of its threads
 _ROW_TILE = 1024  # query_lens summed at once
-_TOKEN_TILE = 1024
+_TOKEN_TILE = 512
 _NUM_WARPS = 4
 # Programs are shared among rows so that a single long prompt is not one program's work, and many rows
 # are not many times as many programs.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -15,11 +16,24 @@ from graphllm.layers.loadable import LoadableModule, WeightSlot
 from graphllm.quant.scheme import LinearScheme
 
 
+class LayerAdapters(Protocol):
+    """What is added to a layer's product for some of a step's tokens; see `lora.py`."""
+
+    @property
+    def in_play(self) -> bool:
+        """Whether the step at hand has such tokens."""
+        ...
+
+    def add(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x: [num_tokens, in_features]; out: [num_tokens, out_features], what the layer gave."""
+        ...
+
+
 class Linear(LoadableModule):
     """y = x W^T + b.
 
     parts: name to out_features of each checkpoint layer that is merged here, in the order of the rows;
-    the name "" is that of a layer which is not merged.
+    the name "" is that of a layer which is not merged. adapters: None where none can be served.
     """
 
     def __init__(
@@ -33,6 +47,7 @@ class Linear(LoadableModule):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.adapters: LayerAdapters | None = None
         self.in_features = in_features
         self.out_features = sum(parts.values())
         self.parts = dict(parts)
@@ -69,9 +84,16 @@ class Linear(LoadableModule):
     def forward(self, x: torch.Tensor, *, arena: Arena, name: str) -> torch.Tensor:
         """x: [num_tokens, in_features]; returns [num_tokens, sum of the parts], the arena's `name`."""
         out = arena.take(name, x.shape[0], self.out_features, dtype=x.dtype)
-        self.scheme.apply(self, x, out=out)
+        self.project(x, out=out)
         return out
 
     def project(self, x: torch.Tensor, *, out: torch.Tensor) -> None:
         """The same into `out`, which may be float32 whatever x is."""
         self.scheme.apply(self, x, out=out)
+        if self.adapters is not None:
+            self.adapters.add(x, out)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether some of the step's tokens want more than the layer's own weights, in this layer."""
+        return self.adapters is not None and self.adapters.in_play

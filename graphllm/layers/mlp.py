@@ -39,7 +39,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor, *, arena: Arena) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape, without the residual."""
         activated = arena.take("inner", x.shape[0], self.intermediate_size, dtype=x.dtype)
-        if not self.gate_up.scheme.apply_gated(self.gate_up, x, self.activation, out=activated):
+        # An adapter is added before the activation, so its tokens need both products.
+        is_fused = not self.gate_up.is_adapted and self.gate_up.scheme.apply_gated(
+            self.gate_up, x, self.activation, out=activated
+        )
+        if not is_fused:
             gate_up: torch.Tensor = self.gate_up(
                 x, arena=arena, name="wide"
             )  # [num_tokens, 2 * intermediate]

@@ -49,10 +49,10 @@ class FolderCheckpoint:
         if not path.is_dir():
             _refuse(path, "is not a folder" if path.exists() else "no such folder")
         try:
-            self.hf_config = _read_json_object(path / "config.json")
+            self.hf_config = read_json_object(path / "config.json")
             generation_config = path / "generation_config.json"
             self.generation_config = (
-                _read_json_object(generation_config) if os.path.lexists(generation_config) else {}
+                read_json_object(generation_config) if os.path.lexists(generation_config) else {}
             )
             self._shard_of_tensor = _open_shards(path)
         except OSError as error:
@@ -103,7 +103,7 @@ class _Shard:
 def _open_shards(folder: Path) -> dict[str, _Shard]:
     """Tensor name to the shard that holds it. The single file wins over an index, as in transformers."""
     if os.path.lexists(folder / WEIGHTS_FILE):
-        shard = _open_shard(folder / WEIGHTS_FILE)
+        shard = open_shard(folder / WEIGHTS_FILE)
         return dict.fromkeys(shard.shapes, shard)
     if os.path.lexists(folder / INDEX_FILE):
         return _open_indexed_shards(folder / INDEX_FILE)
@@ -112,7 +112,7 @@ def _open_shards(folder: Path) -> dict[str, _Shard]:
 
 def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
     weight_map = read_weight_map(index)
-    shards = {name: _open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
+    shards = {name: open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in shards[name].shapes:
             _refuse(index, f"tensor {tensor!r} should be in {name}, which does not have it")
@@ -130,7 +130,7 @@ def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """An index file's map from tensors to plain file names. Raises CheckpointError."""
-    weight_map = _read_json_object(index, unique_keys=True).get("weight_map")
+    weight_map = read_json_object(index, unique_keys=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(index, "it has no 'weight_map' from tensors to files")
     for tensor, name in weight_map.items():
@@ -139,7 +139,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shard(path: Path) -> _Shard:
+def open_shard(path: Path) -> _Shard:
     if not path.is_file():
         _refuse(path, "is not a regular file" if path.exists() else "is missing")
     try:
@@ -181,7 +181,7 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
+def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     if not path.is_file():
         _refuse(path, "is not a regular file" if path.exists() else "is missing")
     with path.open("rb") as file:

@@ -15,6 +15,8 @@ from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.cache.kv_cache import KVCache, KVCacheShape
 from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
+from graphllm.layers.lora import AdapterMemory, TokenAdapters
+from graphllm.models.adaptable import adaptable_layers
 from graphllm.models.pooling import Pooler, PoolingConfig
 from graphllm.models.served import ServedModel
 from graphllm.models.transformers_fallback import FallbackDecoder
@@ -45,6 +47,7 @@ class StepParts:
     buffers: StepBuffers
     buckets: StepBuckets
     device: Device
+    adapters: AdapterMemory | None = None
 
     def program(self, kv_cache: KVCache) -> StepProgram:
         return StepProgram(
@@ -54,6 +57,7 @@ class StepParts:
             kv_cache=kv_cache,
             pooling=self.pooling,
             arena=self.arena,
+            adapters=None if self.adapters is None else self.adapters.tokens,
         )
 
     def graphs(
@@ -125,23 +129,34 @@ def assemble_step(
     if pooler is None:
         last_states = PoolingConfig(purpose="generate", method="last", hidden_size=model.config.hidden_size)
         pooler = Pooler(last_states, device=device.torch_device)
+    buffers = StepBuffers(
+        limits,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model.config.vocab_size,
+        device=device.torch_device,
+        num_groups=model.config.kv_groups(max_model_len=limits.max_model_len).num_groups,
+    )
+    adapters = None
+    if config.serves_lora:
+        adapters = AdapterMemory(
+            adaptable_layers(model),
+            max_loras=config.max_loras,
+            max_rank=config.max_lora_rank,
+            dtype=model.dtype,
+            tokens=TokenAdapters(buffers.token_adapters, arena),
+        )
     return StepParts(
         model=model,
         pooling=TextPooling(pooler, num_slots=limits.num_slots + 1, device=device.torch_device),
         arena=arena,
-        buffers=StepBuffers(
-            limits,
-            max_num_seqs=config.max_num_seqs,
-            vocab_size=model.config.vocab_size,
-            device=device.torch_device,
-            num_groups=model.config.kv_groups(max_model_len=limits.max_model_len).num_groups,
-        ),
+        buffers=buffers,
         buckets=StepBuckets.choose(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             decode_sizes=config.cudagraph_capture_sizes,
         ),
         device=device,
+        adapters=adapters,
     )
 
 
@@ -177,7 +192,8 @@ def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batc
     """Run the largest steps on padding alone, with every sampler: the arena is then as large as it gets."""
     num_seqs = program.buffers.max_num_seqs
     for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
-        program.forward(shape)
+        for with_adapters in program.adapter_kinds:
+            program.forward(shape, with_adapters=with_adapters)
     program.pool_largest(num_tokens=max_num_batched_tokens, num_lines=num_seqs)
     program.score(1, num_tokens=max_num_batched_tokens, num_top=MAX_LOGPROBS)
     for kind in SamplerKind:

@@ -58,6 +58,9 @@ _FIELDS_THAT_KERNELS_SEE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "cudagraph_capture_sizes",
+    "serves_lora",
+    "max_loras",
+    "max_lora_rank",
 )
 
 
@@ -193,13 +196,15 @@ def run_share(config: EngineConfig, share: str, device: Device) -> None:
 
 def _run_decode(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:
     for size in parts.buckets.decode_sizes:
-        program.forward(graphs.decode_shape(size))
+        for with_adapters in program.adapter_kinds:
+            program.forward(graphs.decode_shape(size), with_adapters=with_adapters)
         program.sample(size, SamplerKind.GREEDY)
 
 
 def _run_mixed(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:
     for size in parts.buckets.token_sizes:
-        program.forward(graphs.mixed_shape(size))
+        for with_adapters in program.adapter_kinds:
+            program.forward(graphs.mixed_shape(size), with_adapters=with_adapters)
 
 
 def _run_samplers(parts: StepParts, program: StepProgram, graphs: GraphRunner) -> None:

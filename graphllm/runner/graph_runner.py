@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphllm.attention.backend import AttentionBucket
 from graphllm.batch import ScheduledBatch
@@ -28,13 +28,14 @@ class GraphKey:
     """What a graph holds: a forward of `shape` (None: no forward), then a sampler (None: no sampler).
 
     num_subset_pairs counts the pairs of a sampler that stands alone, 0 in all other graphs; is_masked says
-    whether it applies masks.
+    whether it applies masks. with_adapters: tokens of the forward may have one.
     """
 
     shape: StepShape | None
     sampler: SamplerKind | None
     num_subset_pairs: int = 0
     is_masked: bool = False
+    with_adapters: bool = False
 
 
 class GraphRunner:
@@ -107,11 +108,13 @@ class GraphRunner:
         """A step of `num_tokens` tokens in up to max_num_seqs rows of any length."""
         return StepShape(AttentionBucket(num_tokens, self._max_num_seqs, 0), self._max_num_seqs)
 
-    def step_key(self, shape: StepShape, sampler: SamplerKind | None) -> GraphKey:
+    def step_key(
+        self, shape: StepShape, sampler: SamplerKind | None, *, with_adapters: bool = False
+    ) -> GraphKey:
         """The key of a step. Of mixed steps there is one graph a size, whose sampler does greedy rows too."""
         if sampler is SamplerKind.GREEDY and not shape.bucket.is_decode and self._device is not None:
             sampler = SamplerKind.GENERAL
-        return GraphKey(shape, sampler)
+        return GraphKey(shape, sampler, with_adapters=with_adapters)
 
     def num_subset_pairs(self, num_pairs: int) -> int:
         """The padded number of pairs of a sampler that stands alone."""
@@ -146,7 +149,7 @@ class GraphRunner:
 
     def _work(self, key: GraphKey) -> Iterator[None]:
         if key.shape is not None:
-            yield from self._program.forward_in_slices(key.shape)
+            yield from self._program.forward_in_slices(key.shape, with_adapters=key.with_adapters)
             if key.sampler is not None:
                 self._program.sample(key.shape.num_pairs, key.sampler)
         elif key.sampler is not None:
@@ -220,7 +223,10 @@ class GraphRunner:
         return self.num_bytes * len(keys) // len(samples)
 
     def default_keys(self) -> list[GraphKey]:
-        """What steady traffic needs: decode steps, greedy and not, and mixed steps of every size."""
+        """What steady traffic needs: decode steps, greedy and not, and mixed steps of every size.
+
+        Where adapters can be served, all of it a second time, with them.
+        """
         decode = [
             GraphKey(self.decode_shape(size), sampler)
             for size in reversed(self._buckets.decode_sizes)
@@ -232,7 +238,11 @@ class GraphRunner:
             GraphKey(self.mixed_shape(size), SamplerKind.GENERAL)
             for size in reversed(self._buckets.token_sizes)
         ]
-        return decode + mixed
+        return [
+            replace(key, with_adapters=with_adapters)
+            for with_adapters in self._program.adapter_kinds
+            for key in decode + mixed
+        ]
 
     def _capture_in_slices(self, key: GraphKey) -> Iterator[None]:
         """Run the step once, on padding alone, so that its kernels are loaded; then capture it."""

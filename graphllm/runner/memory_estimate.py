@@ -1,7 +1,8 @@
 """What a model takes on a device before any of it is there: from its configuration alone.
 
-Owns the sizes of weights, of a step's intermediates and of the step tables. The first are exact; the
-others follow what the decoder and `StepBuffers` allocate, and are replaced by measurements at start.
+Owns the sizes of weights, of places for adapters, of a step's intermediates and of the step tables. The first
+two are exact; the others follow what the decoder and `StepBuffers` allocate, and are replaced by measurements
+at start.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 
 from graphllm.attention.paged import PagedAttention
 from graphllm.kernels.linear import linear_ref
+from graphllm.layers.lora import AdapterLayout
 from graphllm.layers.norm import Norm
+from graphllm.models.adaptable import adaptable_layers
 from graphllm.models.config import ModelConfig
 from graphllm.models.decoder import Decoder
 from graphllm.models.quantization import ModelQuantization
@@ -49,14 +52,7 @@ def weight_bytes(
 
     Counted on the decoder itself, built without memory.
     """
-    plain = one_scheme(Unquantized(linear_ref))
-    model = Decoder(
-        config,
-        backend=PagedAttention(block_size=1),
-        schemes=plain if quantization is None else quantization.schemes(config, linear_ref),
-        device=torch.device("meta"),
-        dtype=dtype,
-    )
+    model = _outline(config, dtype, quantization)
     by_part = dict.fromkeys((field.name for field in fields(WeightBytes)), 0)
     for name, module in model.named_modules():
         size = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
@@ -71,6 +67,26 @@ def weight_bytes(
         else:
             by_part["embedding"] += size
     return WeightBytes(**by_part)
+
+
+def adapter_bytes(config: ModelConfig, dtype: torch.dtype, *, max_loras: int, max_rank: int) -> int:
+    """The device's places for LoRA adapters, exactly; counted like the weights."""
+    layers = adaptable_layers(_outline(config, dtype))
+    return max_loras * AdapterLayout(layers, max_rank=max_rank, dtype=dtype).num_bytes
+
+
+def _outline(
+    config: ModelConfig, dtype: torch.dtype, quantization: ModelQuantization | None = None
+) -> Decoder:
+    """The decoder without memory."""
+    plain = one_scheme(Unquantized(linear_ref))
+    return Decoder(
+        config,
+        backend=PagedAttention(block_size=1),
+        schemes=plain if quantization is None else quantization.schemes(config, linear_ref),
+        device=torch.device("meta"),
+        dtype=dtype,
+    )
 
 
 def estimate_arena_bytes(

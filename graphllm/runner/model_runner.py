@@ -202,9 +202,10 @@ class ModelRunner:
             if not handle.batch.pairs and shape.num_pairs:
                 # In the middle of a prompt nothing is sampled but padding: one graph serves both.
                 kind = SamplerKind.GENERAL
-            self.graphs.run(self.graphs.step_key(shape, kind))
+            with_adapters = handle.batch.uses_adapters
+            self.graphs.run(self.graphs.step_key(shape, kind, with_adapters=with_adapters))
         else:
-            self.program.forward(shape)
+            self.program.forward(shape, with_adapters=handle.batch.uses_adapters)
             if variant is not None:
                 self.program.sample_by_reference(shape.num_pairs, variant)
         if variant is not None:

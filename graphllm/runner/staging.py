@@ -103,12 +103,13 @@ class StagingEntry:
     """One step's host memory: inputs that the device reads, results that it writes.
 
     rows: as StepBuffers.rows. tokens: flat int32. blocks int32 and block_index int64: new entries of the
-    block tables and their flat positions there. copies: [n, 2] int64, from and to. slots, lengths: the new
-    slots and how many of their tokens are computed. floats, ints, bias_*, stop_*: sampling parameters of
-    the new slots, those with biases and stop tokens apart because few have any. subset: [2 phases, 2,
-    max_num_seqs] int64; masks: [max_num_seqs, words] int32, once it was needed. The step loop writes the
-    masks of held pairs itself. num_scored counts the lines of prompt tokens to score, `scores`;
-    pooled_lines says what of the step is pooled, `pooled` what the device reads and writes of it.
+    block tables and their flat positions there. copies: [n, 2] int64, from and to. slots, lengths, adapters:
+    the new slots, how many of their tokens are computed, where their adapters lie. floats, ints, bias_*,
+    stop_*: sampling parameters of the new slots, those with biases and stop tokens apart because few have
+    any. subset: [2 phases, 2, max_num_seqs] int64; masks: [max_num_seqs, words] int32, once it was needed.
+    The step loop writes the masks of held pairs itself. num_scored counts the lines of prompt tokens to
+    score, `scores`; pooled_lines says what of the step is pooled, `pooled` what the device reads and writes
+    of it.
     """
 
     rows: torch.Tensor
@@ -122,6 +123,7 @@ class StagingEntry:
     copies: _HostTable
     slots: _HostTable
     lengths: _HostTable
+    adapters: _HostTable
     floats: _HostTable
     ints: _HostTable
     bias_slots: _HostTable
@@ -196,6 +198,7 @@ class StagingRing:
             copies=table(num_lines, 2, dtype=torch.int64),
             slots=table(num_lines, dtype=torch.int64),
             lengths=table(num_lines, dtype=torch.int64),
+            adapters=table(num_lines, dtype=torch.int32),
             floats=table(num_lines, NUM_FLOATS, dtype=torch.float32),
             ints=table(num_lines, NUM_INTS, dtype=torch.int64),
             bias_slots=table(1, dtype=torch.int64),
@@ -313,6 +316,7 @@ class StagingRing:
         entry.block_index.write(block_index)
         entry.slots.write([install.slot for install in batch.installs])
         entry.lengths.write([install.num_computed_tokens for install in batch.installs])
+        entry.adapters.write([install.adapter_place for install in batch.installs])
         _stage_sampling(entry, sampling)
 
     def _stage_blocks(
@@ -363,6 +367,7 @@ def _upload_slots(entry: StagingEntry, buffers: StepBuffers) -> None:
         buffers.token_table[install.slot, : tokens.numel()].copy_(tokens, non_blocking=True)
     slots = entry.slots.to(device)
     buffers.num_computed_tokens.index_copy_(0, slots, entry.lengths.to(device))
+    buffers.slot_adapters.index_copy_(0, slots, entry.adapters.to(device))
     sampling.write_rows(slots, floats=entry.floats.to(device), ints=entry.ints.to(device))
     if entry.bias_slots.num_rows:
         sampling.write_rows(

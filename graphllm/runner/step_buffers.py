@@ -31,6 +31,8 @@ class StepBuffers:
     num_computed_tokens: [num_slots + 1] int64, positions whose KV is computed; also the position that
         the next sampled token takes once a step's forward is done.
     block_tables: [num_groups, num_slots + 1, table_width] int32, of each group of layers.
+    slot_adapters: [num_slots + 1] int32, where on the device the adapter of the slot's sequence lies, or -1;
+        token_adapters: [max_num_tokens] int32, the same of a step's tokens, for steps that have any.
     rows: [4, max_num_seqs] int64: slots and lengths of the step's rows, rows and slots of its pairs;
         rows_version says which upload they are from.
     subset: [2, max_num_seqs] int64: lines and slots of pairs that are sampled by themselves.
@@ -58,6 +60,7 @@ class StepBuffers:
         self.block_tables = torch.zeros(
             num_groups, num_slots, limits.table_width, dtype=torch.int32, device=device
         )
+        self.slot_adapters = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
         self.sampling = SamplingTables.allocate(num_slots, device=device)
         self.rows = torch.zeros(NUM_ROW_VECTORS, max_num_seqs, dtype=torch.int64, device=device)
         self.rows[[ROW_SLOTS, PAIR_SLOTS]] = self.padding_slot
@@ -69,6 +72,7 @@ class StepBuffers:
         self.logits = torch.zeros(num_lines, vocab_size, dtype=torch.float32, device=device)
         self.results = SampleResults.allocate(max_num_seqs, device=device)
         max_num_tokens = max(limits.max_num_batched_tokens, max_num_seqs)
+        self.token_adapters = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
         num_slices = -(-max_num_tokens // num_lines)
         self.scores = ScoreLines.allocate(num_slices * num_lines, partial(torch.zeros, device=device))
 

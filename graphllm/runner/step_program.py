@@ -15,9 +15,11 @@ import torch
 from graphllm.arena import Arena
 from graphllm.attention.backend import AttentionBackend, AttentionBucket, AttentionInputs, GroupInputs
 from graphllm.cache.kv_cache import KVCache
+from graphllm.kernels.lora_tokens import lora_tokens
 from graphllm.kernels.sampled_rows import SampledRows
 from graphllm.kernels.step_inputs import step_inputs
 from graphllm.kernels.triton_support import runs_triton
+from graphllm.layers.lora import TokenAdapters
 from graphllm.models.served import ServedModel
 from graphllm.runner.device_sampler import sample_by_reference, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
@@ -35,7 +37,10 @@ class StepShape:
 
 
 class StepProgram:
-    """One model's step over one set of persistent buffers."""
+    """One model's step over one set of persistent buffers.
+
+    adapters: what the hooks of the model's layers read, where adapters can be served.
+    """
 
     def __init__(
         self,
@@ -46,16 +51,21 @@ class StepProgram:
         kv_cache: KVCache,
         pooling: TextPooling,
         arena: Arena,
+        adapters: TokenAdapters | None = None,
     ) -> None:
         self.buffers = buffers
+        self.adapters = adapters
         self.arena = arena
         self._model = model
         self._pooling = pooling
         self._backend = backend
         self._kv_cache = kv_cache
 
-    def forward_in_slices(self, shape: StepShape) -> Iterator[None]:
-        """The model; yields after each layer. Leaves the sampled rows' logits and the slots' new lengths."""
+    def forward_in_slices(self, shape: StepShape, *, with_adapters: bool = False) -> Iterator[None]:
+        """The model; yields after each layer. Leaves the sampled rows' logits and the slots' new lengths.
+
+        with_adapters: some tokens may have one; else nothing looks.
+        """
         buffers, bucket = self.buffers, shape.bucket
         inputs = buffers.step_inputs(
             num_tokens=bucket.num_tokens, num_rows=bucket.num_rows, num_pairs=shape.num_pairs
@@ -73,6 +83,15 @@ class StepProgram:
             is_decode=bucket.is_decode,
             out=inputs,
         )
+        if with_adapters:
+            lora_tokens(
+                row_slots=row_slots,
+                query_lens=query_lens,
+                query_starts=inputs.query_starts,
+                slot_adapters=buffers.slot_adapters,
+                is_decode=bucket.is_decode,
+                out=buffers.token_adapters[: bucket.num_tokens],
+            )
         attention_inputs = AttentionInputs(
             row_slots=row_slots,
             query_lens=query_lens,
@@ -83,7 +102,7 @@ class StepProgram:
         )
         metadata = self._backend.plan(attention_inputs, bucket)
         self._backend.begin_step(metadata)
-        yield from self._model.forward_in_slices(
+        slices = self._model.forward_in_slices(
             inputs.token_ids,
             inputs.positions,
             layer_caches=self._kv_cache.layers,
@@ -92,11 +111,12 @@ class StepProgram:
             sampled_tokens=inputs.sampled_tokens,
             logits=buffers.logits[: shape.num_pairs],
         )
+        yield from slices if self.adapters is None else _in_play(slices, self.adapters, with_adapters)
         buffers.num_computed_tokens.index_copy_(0, row_slots, inputs.context_lens)
 
-    def forward(self, shape: StepShape) -> None:
+    def forward(self, shape: StepShape, *, with_adapters: bool = False) -> None:
         """See `forward_in_slices`."""
-        for _ in self.forward_in_slices(shape):
+        for _ in self.forward_in_slices(shape, with_adapters=with_adapters):
             pass
 
     def sample(self, num_pairs: int, kind: SamplerKind) -> None:
@@ -153,6 +173,11 @@ class StepProgram:
         )
 
     @property
+    def adapter_kinds(self) -> tuple[bool, ...]:
+        """The values that `with_adapters` can have."""
+        return (False,) if self.adapters is None else (False, True)
+
+    @property
     def runs_kernels(self) -> bool:
         """Whether steps are done by kernels, which read nothing on the host, or by their references."""
         return runs_triton(self.buffers.logits)
@@ -199,3 +224,17 @@ class StepProgram:
             masks=masks,
             lines=lines,
         )
+
+
+def _in_play(slices: Iterator[None], adapters: TokenAdapters, with_adapters: bool) -> Iterator[None]:
+    """The same slices, in each of which the hooks know what step they are in: others may come between."""
+    while True:
+        adapters.in_play = with_adapters
+        has_more = next(slices, _END) is not _END
+        adapters.in_play = False
+        if not has_more:
+            return
+        yield
+
+
+_END = object()

@@ -42,6 +42,7 @@ def check(scheduler: Scheduler, *, full: bool) -> None:
         )
     owned = {sequence.slot for sequence in scheduler.running}
     assert len(owned) == len(scheduler.running) == scheduler.slots.num_held, "slots and their owners differ"
+    scheduler.slots.adapters.check(sum(each.group.adapter is not None for each in scheduler.running))
 
 
 def _device_holders(scheduler: Scheduler) -> list[SequenceOf[int]]:
@@ -85,7 +86,11 @@ def _check_hashes(scheduler: Scheduler) -> None:
         num_full = min(len(sequence.token_ids) // size, len(sequence.block_table) // num_groups)
         hashes: list[bytes] = []
         scheduler.hasher.extend(
-            hashes, sequence.token_ids, num_blocks=num_full, cache_salt=sequence.group.cache_salt
+            hashes,
+            sequence.token_ids,
+            num_blocks=num_full,
+            cache_salt=sequence.group.cache_salt,
+            adapter_load=sequence.group.adapter_load,
         )
         keys = [content_key(content_hash, group) for content_hash in hashes for group in range(num_groups)]
         for block, expected in zip(sequence.block_table, keys, strict=False):

@@ -87,6 +87,7 @@ class PrefixSharing:
             sequence.token_ids,
             num_blocks=num_columns,
             cache_salt=sequence.group.cache_salt,
+            adapter_load=sequence.group.adapter_load,
         )
 
     def look_up(self, sequence: Sequence, host: HostTier, *, max_new_hashes: int | None) -> PrefixHit | None:

@@ -10,14 +10,17 @@ streams keep their pace; what is left of the token budget goes to prompts in ord
 When blocks run out the last in that order is preempted: it is swapped to the host tier, or, where that cannot
 be, released and computed again. Nobody overtakes an earlier sequence that waits for memory, so the first
 always comes to its end, and then the next. A better priority takes nothing from those that run already, as
-long as memory lasts.
+long as memory lasts. Who waits for an adapter is overtaken meanwhile; `adapter_places` says why not for long.
 """
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
 
+from graphllm.adapter import AdapterUpload
 from graphllm.batch import BlockTransfer, ScheduledBatch, StepResult
 from graphllm.cache.block_manager import BlockManager
 from graphllm.cache.host_tier import HostTier
@@ -27,12 +30,14 @@ from graphllm.scheduler import invariants
 from graphllm.scheduler.kv_counters import KVCounters
 from graphllm.scheduler.preemption import Preemption, end_is_foreseen
 from graphllm.scheduler.prefix_sharing import NO_HIT, PinnedPrefix, PrefixHit, PrefixSharing
-from graphllm.scheduler.queues import Queues, has_arrived, is_away
+from graphllm.scheduler.queues import Queues, has_arrived, is_away, place
 from graphllm.scheduler.slots import SlotAllocator
 from graphllm.scheduler.step_builder import StepBuilder
 from graphllm.scheduler.tiers import ConstantRates, SwapInOutcome, Tiers, TransferPredictor, forget_computed
 from graphllm.sequence import Sequence, SequenceGroup, SequenceStatus
 
+# How many sequences that wait for their adapters may be overtaken at once; also what a step looks at.
+_MAX_OVERTAKEN = 128
 _MAX_NEW_HASHES = 256  # a step, about half a millisecond; more when the device has nothing to do
 
 
@@ -194,6 +199,14 @@ class Scheduler:
         """The copies to launch now. To be asked after each `schedule`, whatever that returned."""
         return self.tiers.take_due()
 
+    def take_uploads(self) -> list[AdapterUpload]:
+        """The copies of adapters to launch now. To be asked after each `schedule`, whatever that returned."""
+        return self.slots.adapters.take_uploads()
+
+    def upload_completed(self, upload: AdapterUpload) -> None:
+        """An adapter lies in its place: sequences that wait for it may start."""
+        self.slots.adapters.upload_completed(upload)
+
     def transfer_completed(self, transfer_id: int, *, failed: bool) -> None:
         """A transfer that was taken touches no memory any more; `failed`: what it copied is worth nothing."""
         self.tiers.completed(transfer_id, failed=failed)
@@ -319,7 +332,7 @@ class Scheduler:
         for sequence in tuple(self.moved):
             if step.budget == 0 or not step.has_slot:
                 return
-            if not has_arrived(sequence):
+            if not (has_arrived(sequence) and self._has_adapter(sequence)):
                 continue
             self.moved.remove(sequence)
             num_computed_tokens = sequence.num_computed_tokens
@@ -334,9 +347,17 @@ class Scheduler:
 
     def _admit(self, step: StepBuilder) -> None:
         """Start waiting and swapped sequences, in order, while slots, blocks and the token budget last."""
+        put_off = self._ask_for_adapters()
         while step.budget > 0 and step.has_slot:
-            swapped = next((each for each in self.moved if is_away(each)), None)
-            waiting = self.waiting[0] if self.waiting else None
+            swapped = next((each for each in self.moved if is_away(each) and each not in put_off), None)
+            waiting = next(
+                (
+                    each
+                    for each in islice(self.waiting, _MAX_OVERTAKEN)
+                    if each not in put_off and self._has_adapter(each)
+                ),
+                None,
+            )
             if swapped is not None and (waiting is None or swapped.group.place <= waiting.group.place):
                 if not self._swap_in(swapped):
                     return
@@ -352,11 +373,24 @@ class Scheduler:
                 return
             if waiting.group.in_one_step and waiting.num_uncomputed_tokens > step.budget:
                 return
-            self.waiting.popleft()
+            self.waiting.remove(waiting)
             if fetches:
                 self.tiers.fetch(waiting, hit)
             else:
                 self._start_prompt(waiting, table, step=step)
+
+    def _ask_for_adapters(self) -> set[Sequence]:
+        """The sequences that may not start in this step for want of their adapters, asked for herewith."""
+        if not self.slots.adapters.num_places:
+            return set()
+        self.slots.adapters.begin_round()
+        first = islice(merge(self.moved, self.waiting, key=place), _MAX_OVERTAKEN)
+        adapters = ((each, each.group.adapter) for each in first)
+        return {each for each, adapter in adapters if adapter and not self.slots.adapters.admit(adapter)}
+
+    def _has_adapter(self, sequence: Sequence) -> bool:
+        adapter = sequence.group.adapter
+        return adapter is None or self.slots.adapters.is_ready(adapter)
 
     def _start_prompt(self, sequence: Sequence, cached_table: list[int], *, step: StepBuilder) -> None:
         """Start a sequence from the blocks of its prompt that are on the device."""

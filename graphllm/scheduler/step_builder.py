@@ -72,11 +72,12 @@ class StepBuilder:
 
     def start(self, sequence: Sequence, *, num_computed_tokens: int) -> None:
         """Give a sequence a slot, whose rows the step installs. The caller adds it to the step."""
-        sequence.slot, sequence.slot_generation = self._slots.take()
+        sequence.slot, sequence.slot_generation = self._slots.take(sequence.group.adapter)
         sequence.num_computed_tokens = num_computed_tokens
         sequence.status = SequenceStatus.RUNNING
         self._queues.add_running(sequence)
-        self.batch.installs.append(SlotInstall(sequence, sequence.slot, num_computed_tokens))
+        place = self._slots.adapter_place(sequence.slot)
+        self.batch.installs.append(SlotInstall(sequence, sequence.slot, num_computed_tokens, place))
 
     def add(self, sequence: Sequence, num_tokens: int) -> bool:
         """Commit `num_tokens` of a running sequence to the step; False, and `blocked`, without the blocks."""
@@ -98,6 +99,7 @@ class StepBuilder:
             rows.append(ScheduledRow(sequence, sequence.slot, num_tokens))
         self._scheduled.add(sequence)
         self.batch.pools |= sequence.group.pooling
+        self.batch.uses_adapters |= sequence.group.adapter is not None
         self.budget -= num_tokens
         if sequence.num_unscored_tokens:
             self._add_span(row, sequence, num_tokens=num_tokens)

@@ -26,6 +26,7 @@ from graphllm.config import EngineConfig, ServerConfig
 from graphllm.engine.engine import Engine
 from graphllm.errors import AuthenticationError, GraphLLMError, StartupError
 from graphllm.log import configure_logging
+from graphllm.server.admin.adapters import AdapterRoutes, LoadRequest, UnloadRequest
 from graphllm.server.admin.prefixes import PinRequest, PrefixRoutes
 from graphllm.server.anthropic.errors import is_anthropic, speak_anthropic
 from graphllm.server.anthropic.protocol import CountTokensRequest, MessagesRequest
@@ -105,7 +106,8 @@ class Application:
         """What the server says of itself and of the model's tokens, and the operator's routes."""
         health, models = HealthRoutes(engine), ModelRoutes(self.served)
         prefixes, tokenization = PrefixRoutes(engine), Tokenization(self.served)
-        one_prefix = "/admin/prefixes/{id:path}"
+        adapters, one_prefix = AdapterRoutes(engine), "/admin/prefixes/{id:path}"
+        load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
         return [
             ApiRoute("GET", "/health", health.health, "Whether the process is alive."),
             ApiRoute("GET", "/ready", health.ready, "Whether requests are admitted."),
@@ -118,6 +120,8 @@ class Application:
             ApiRoute("GET", "/admin/prefixes", prefixes.list_pinned, "Prefixes that stay in the KV cache."),
             ApiRoute("POST", "/admin/prefixes", prefixes.pin, "Compute a prefix and keep it.", PinRequest),
             ApiRoute("DELETE", one_prefix, prefixes.unpin, "Let a prefix go."),
+            ApiRoute("POST", load, adapters.load, "Load a LoRA adapter.", LoadRequest),
+            ApiRoute("POST", unload, adapters.unload, "Take a LoRA adapter's name away.", UnloadRequest),
         ]
 
     def _generating_routes(self, config: ServerConfig) -> list[ApiRoute]:
@@ -211,10 +215,10 @@ class ServingProcess:
             loop.add_signal_handler(number, self._note_signal)
         self.engine = engine = Engine(self._engine_config, manage_gc=True)
         engine.on_failure = self._failed.set
+        engine.base_name = name = self._config.served_model_name or self._engine_config.model
         if self._config.api_key is not None:
             # Requests under another key, should there be several one day, share no prefixes.
             engine.default_cache_salt = hashlib.sha256(self._config.api_key.encode()).hexdigest()
-        name = self._config.served_model_name or self._engine_config.model
         self.application = Application(engine, self._config, model_name=name)
         self.http_server = HttpServer(
             self.application.handle, limits=HttpLimits(max_body_bytes=self._config.max_body_bytes)

@@ -33,7 +33,7 @@ from graphllm.kernels.step_inputs import StepInputs, step_inputs
 from graphllm.kernels.token_ranks import token_ranks
 from graphllm.runner.device_sampler import SampleResults, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplingTables
-from tests.aot import latent_cases, moe_cases, packed_cases, scaled_cases
+from tests.aot import latent_cases, lora_cases, moe_cases, packed_cases, scaled_cases
 from tests.aot.recording import Card
 
 BF16 = torch.bfloat16
@@ -385,6 +385,7 @@ CASES = (
     ranks_of_tokens,
     block_copies,
     *moe_cases.CASES,
+    *lora_cases.CASES,
     *latent_cases.CASES,
     *packed_cases.CASES,
     *scaled_cases.CASES,

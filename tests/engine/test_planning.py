@@ -53,6 +53,20 @@ def test_concurrency_is_blocks_over_the_blocks_of_a_sequence() -> None:
     assert capacity(max_model_len=5001).num_sequences(5001) == plan.num_usable_blocks // 313
 
 
+def test_places_for_adapters_come_off_the_kv_cache() -> None:
+    plain, adapted = (
+        as_json(capacity(enable_lora=on, max_loras=3, max_lora_rank=32)) for on in (False, True)
+    )
+    # Of a layer: what each part reads and what it writes.
+    reads, writes = 3 * 4096 + 4096 + 2 * 4096 + 14336, 6144 + 4096 + 2 * 14336 + 4096
+    assert plain["adapter_bytes"] == 0
+    assert adapted["adapter_bytes"] == pytest.approx(3 * 32 * 32 * 2 * (reads + writes), rel=1e-3)
+    assert plain["kv_cache_bytes"] - adapted["kv_cache_bytes"] == adapted["adapter_bytes"]
+    assert "--max-loras 3 of --max-lora-rank 32" in as_text(
+        capacity(enable_lora=True, max_loras=3, max_lora_rank=32)
+    )
+
+
 def test_windowed_layers_take_no_more_than_their_window_of_a_long_context() -> None:
     plan = capacity("gpt-oss-20b")
     assert as_json(plan)["kv_groups"] == [
@@ -62,9 +76,9 @@ def test_windowed_layers_take_no_more_than_their_window_of_a_long_context() -> N
     # Of a context of 131,072 tokens: 8,192 blocks of one group; of the other those that 128 tokens and the
     # next one lie in, and once, for whoever is at its prompt, those of a step of 2,048.
     settled, step = 8192 + 8, 2048 // 16 + 2
-    assert plan.num_sequences(131072) == (plan.num_usable_blocks - step) // settled == 10
+    assert plan.num_sequences(131072) == (plan.num_usable_blocks - step) // settled == 18
     everything = dataclasses.replace(plan, kv_shape=dataclasses.replace(plan.kv_shape, kv_groups=None))
-    assert everything.num_sequences(131072) == 5
+    assert everything.num_sequences(131072) == 9
     assert "24.0 KiB beyond windows" in as_text(plan)
     assert "blocks of 16 tokens and 12 layers, in 2 groups of layers" in as_text(plan)
 

@@ -68,8 +68,9 @@ class _Recorder(TorchDispatchMode):
             return values[written[0].name]
         if any(returned.alias_info is not None for returned in schema.returns):
             made = func(*args, **kwargs)
-            if address(made) in {address(tensor) for tensor in tensors_in((args, kwargs))}:
-                return made  # a view: no work for the device
+            given = {address(tensor) for tensor in tensors_in((args, kwargs))}
+            if all(address(tensor) in given for tensor in tensors_in(made)):
+                return made  # a view, or several: no work for the device
         if self._pool is None or _reads_values(func, args):
             raise CaptureError(f"{func} inside a capture: it allocates, or reads a value on the host")
         return self._allocated(func, args, kwargs)

@@ -24,18 +24,20 @@ BUCKETS = StepBuckets.choose(max_num_seqs=16, max_num_batched_tokens=128)
 class CountingProgram:
     """A program whose device work is additions to one tensor, so that a capture has something to record."""
 
+    adapter_kinds: tuple[bool, ...] = (False,)
+
     def __init__(self) -> None:
         self.memory = torch.zeros(3)
         self.num_layers = 3
         self.fails_in: StepShape | None = None
         self.work: list[Any] = []
 
-    def forward_in_slices(self, shape: StepShape) -> Iterator[None]:
+    def forward_in_slices(self, shape: StepShape, *, with_adapters: bool = False) -> Iterator[None]:
         for layer in range(self.num_layers):
             if shape == self.fails_in and layer == 1:
                 raise RuntimeError("a kernel that cannot be captured")
             self.memory.add_(1.0)
-            self.work.append(("layer", shape.bucket.num_tokens))
+            self.work.append(("adapted layer" if with_adapters else "layer", shape.bucket.num_tokens))
             yield
 
     def sample(self, num_pairs: int, kind: SamplerKind) -> None:

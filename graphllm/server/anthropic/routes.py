@@ -76,7 +76,7 @@ class Messages:
             generation = replace(generation, params=replace(generation.params, max_tokens=room))
         wire = MessagesWire(
             MessageOptions(
-                model=self._served.name,
+                model=fields.model,
                 stop_sequences=params.stop,
                 hides_thinking=fields.hides_thinking,
                 is_clamped=is_clamped,
@@ -86,7 +86,12 @@ class Messages:
         if fields.metadata is not None and fields.metadata.user_id is not None:
             logger.debug("%s is for user %r", wire.reply_id, fields.metadata.user_id[:200])
         self._served.answer(
-            generation, wire=wire, stream=bool(fields.stream), request=request, response=response
+            generation,
+            model=fields.model,
+            wire=wire,
+            stream=bool(fields.stream),
+            request=request,
+            response=response,
         )
 
     def _prepare(

@@ -28,14 +28,15 @@ class PooledReply:
     """An answer in the making.
 
     take(position, result): turns each result into what the answer keeps of it, as results come, because all
-    at the end would take long. finish(kept, num_prompt_tokens): the answer's body. param: the request's field
-    that texts are in, for errors.
+    at the end would take long. finish(reply, kept): the answer's body. model: the request's, a checked name.
+    param: the request's field that texts are in, for errors.
     """
 
     def __init__(
         self,
         served: ServedModel,
         *,
+        model: str,
         prefix: str,
         take: Callable[[int, array[float]], Any],
         finish: Callable[[PooledReply, list[Any]], dict[str, Any]],
@@ -47,6 +48,7 @@ class PooledReply:
         priority: int | None = None,
     ) -> None:
         self.id = f"{prefix}-{uuid4().hex}"
+        self.model = model
         self.num_prompt_tokens = 0
         self._served = served
         self._take = take
@@ -83,6 +85,7 @@ class PooledReply:
                     cache_salt=self._cache_salt,
                     priority=self._priority,
                     pooling=True,
+                    lora=self._served.lora_of(self.model),
                 )
             except GraphLLMError as error:
                 self._abandon()

@@ -45,6 +45,7 @@ class RequestEngine(Protocol):
         sink: PromptSink,
         cache_salt: str | None,
         priority: int,
+        lora: str | None,
     ) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
@@ -145,6 +146,7 @@ class Reply(ABC):
                     sink=sink,
                     cache_salt=generation.cache_salt,
                     priority=generation.priority,
+                    lora=generation.lora,
                 )
             except GraphLLMError:
                 self.abandon()

@@ -38,11 +38,11 @@ class GenerationRequest:
     """Prompts to continue with one set of parameters, and how what comes is read.
 
     prompts: token ids, each an engine request of `params.n` sequences; choice `i * n + j` is the j-th of
-    prompt i. new_parser: makes, for each choice, the reader of its text that finds reasoning and tool calls;
-    None where text is text. reasoning_output: what becomes of the reasoning that it finds. max_tool_calls:
-    how many of the calls that it finds are calls; later ones are dropped. priority: lower runs earlier.
-    structure_name: the client's name of the field that became `params.structured_outputs`, for errors that
-    are found after the request was admitted.
+    prompt i. lora: the adapter's name, None for the base model. new_parser: makes, for each choice, the
+    reader of its text that finds reasoning and tool calls; None where text is text. reasoning_output: what
+    becomes of the reasoning that it finds. max_tool_calls: how many of the calls that it finds are calls;
+    later ones are dropped. priority: lower runs earlier. structure_name: the client's name of the field that
+    became `params.structured_outputs`, for errors that are found after the request was admitted.
     """
 
     prompts: list[list[int]]
@@ -52,4 +52,5 @@ class GenerationRequest:
     max_tool_calls: int | None = None
     cache_salt: str | None = None
     priority: int = 0
+    lora: str | None = None
     structure_name: str = "structured_outputs"

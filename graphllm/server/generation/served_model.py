@@ -87,11 +87,15 @@ class ServedModel:
         return self._chats.prepare(chat)
 
     def check_name(self, name: str) -> None:
-        """Raises ModelNotFoundError for any other model."""
-        if name != self.name:
+        """Raises ModelNotFoundError for any other model, and any name that is no loaded adapter's."""
+        if name != self.name and not self.engine.has_adapter(name):
             raise ModelNotFoundError(
                 f"The model '{name[:200]}' does not exist; this server serves '{self.name}'.", param="model"
             )
+
+    def lora_of(self, name: str) -> str | None:
+        """The adapter that a checked name asks for, None for the base model."""
+        return None if name == self.name else name
 
     def decode(self, request: Request, decoder: BodyDecoder[RequestType]) -> DecodedBody[RequestType]:
         """The checked body. Raises EngineUnavailableError, InvalidRequestError, ModelNotFoundError."""
@@ -105,14 +109,24 @@ class ServedModel:
         self,
         generation: GenerationRequest,
         *,
+        model: str,
         wire: Wire,
         stream: bool,
         request: Request,
         response: Response,
     ) -> None:
-        """Generate for every prompt and answer, streamed or whole. Raises what `Engine.add` raises."""
+        """Generate for every prompt and answer, streamed or whole. Raises what `Engine.add` raises.
+
+        model: the body's, a checked name.
+        """
         kind = StreamedReply if stream else WholeReply
+        generation = self.with_lora(generation, model)
         kind(self.engine, wire, request=request, response=response).submit(generation)
+
+    def with_lora(self, generation: GenerationRequest, model: str) -> GenerationRequest:
+        """The same request to the model of this name, which was checked."""
+        lora = self.lora_of(model)
+        return generation if lora is None else replace(generation, lora=lora)
 
 
 def check_content_type(request: Request, *, is_required: bool = False) -> None:

@@ -39,6 +39,7 @@ class ChatCompletions:
             fields.log_labels(wire.reply_id)
             served.answer(
                 generation,
+                model=fields.model,
                 wire=wire,
                 stream=bool(fields.stream),
                 request=request,
@@ -55,7 +56,7 @@ class ChatCompletions:
     ) -> WireOptions:
         params = generation.params
         return WireOptions(
-            model=self._served.name,
+            model=fields.model,
             include_usage=fields.include_usage,
             continuous_usage=fields.continuous_usage,
             logprobs=params.logprobs is not None,

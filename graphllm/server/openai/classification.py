@@ -73,13 +73,14 @@ class Classification:
                 "id": reply.id,
                 "object": "list",
                 "created": int(time.time()),
-                "model": served.name,
+                "model": reply.model,
                 "data": entries,
                 "usage": reply.usage,
             }
 
         reply = PooledReply(
             served,
+            model=fields.model,
             prefix="classify",
             take=take,
             finish=finish,

@@ -61,7 +61,12 @@ class Completions:
                 wire = CompletionWire(tokenizer, options)
                 fields.log_labels(wire.reply_id)
                 served.answer(
-                    generation, wire=wire, stream=bool(fields.stream), request=request, response=response
+                    generation,
+                    model=fields.model,
+                    wire=wire,
+                    stream=bool(fields.stream),
+                    request=request,
+                    response=response,
                 )
             except InvalidRequestError as error:
                 raise fields.in_client_terms(error) from None
@@ -81,7 +86,7 @@ class Completions:
         if fields.echo:
             echoes = self._echoes(fields, params, prompts, truncated=truncated)
         return WireOptions(
-            model=self._served.name,
+            model=fields.model,
             include_usage=fields.include_usage,
             continuous_usage=fields.continuous_usage,
             logprobs=params.logprobs is not None,

@@ -36,7 +36,7 @@ EMBEDDING_FIELDS: Final[Mapping[str, KnownField]] = {
     "embed_override_token_id": KnownField(note="Inputs are texts or token ids."),
     "embed_overrides": KnownField(note="Inputs are texts or token ids."),
     "endianness": KnownField(neutral=("native", "little"), note="base64 holds little-endian numbers."),
-    "lora_path": KnownField(note="There are no adapters; the model is served as it is."),
+    "lora_path": KnownField(note="Name a loaded adapter as `model`."),
     "messages": KnownField(note="Send `input`; chats are not embedded."),
     "mm_processor_kwargs": KnownField(neutral=({},), note="There are no images here."),
     "request_id": KnownField(note="Ids are the server's.", is_tolerated=True),
@@ -109,6 +109,7 @@ class Embeddings:
         check_dimensions(fields.dimensions, pooling)
         reply = PooledReply(
             served,
+            model=fields.model,
             prefix="embd",
             take=_Vectors(fields, pooling).take,
             finish=self._body,
@@ -149,7 +150,7 @@ class Embeddings:
                 {"object": "embedding", "index": index, "embedding": vector}
                 for index, vector in enumerate(vectors)
             ],
-            "model": self._served.name,
+            "model": reply.model,
             "usage": reply.usage,
         }
 

@@ -6,25 +6,29 @@ from typing import Any
 
 import orjson
 
+from graphllm.adapter import Adapter
 from graphllm.server.generation.served_model import ServedModel
 from graphllm.server.http import Request, Response
 
 
 class ModelRoutes:
-    """Lists the one model, once it can be used."""
+    """Lists the one model and its adapters, once they can be used."""
 
     def __init__(self, served: ServedModel) -> None:
         self._served = served
 
     def list(self, request: Request, response: Response) -> None:
         self._served.engine.check_ready()
-        _send(response, {"object": "list", "data": [self._model()]})
+        adapters = self._served.engine.loaded_adapters
+        _send(response, {"object": "list", "data": [self._model(), *map(self._adapter, adapters)]})
 
     def retrieve(self, request: Request, response: Response) -> None:
         """Raises ModelNotFoundError."""
         self._served.engine.check_ready()
-        self._served.check_name(request.path_params["name"])
-        _send(response, self._model())
+        name = request.path_params["name"]
+        self._served.check_name(name)
+        adapters = [each for each in self._served.engine.loaded_adapters if each.name == name]
+        _send(response, self._adapter(adapters[0]) if adapters else self._model())
 
     def _model(self) -> dict[str, Any]:
         served = self._served
@@ -35,6 +39,11 @@ class ModelRoutes:
             "owned_by": "graphllm",
             "max_model_len": served.engine.max_model_len,
         }
+
+    def _adapter(self, adapter: Adapter) -> dict[str, Any]:
+        """The same as the model that it changes, and where it is from."""
+        own = {"id": adapter.name, "created": adapter.created, "root": adapter.path}
+        return {**self._model(), **own, "parent": self._served.name}
 
 
 def _send(response: Response, body: dict[str, Any]) -> None:

@@ -81,10 +81,11 @@ class Reranking:
                 if fields.return_documents is not False:
                     entry["document"] = {"text": documents[index]}
                 entries.append(entry)
-            return {"id": reply.id, "model": served.name, "results": entries, "usage": reply.usage}
+            return {"id": reply.id, "model": reply.model, "results": entries, "usage": reply.usage}
 
         reply = PooledReply(
             served,
+            model=fields.model,
             prefix="rerank",
             take=lambda position, result: result,
             finish=finish,

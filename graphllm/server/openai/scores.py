@@ -85,7 +85,7 @@ class Scores:
                 "id": reply.id,
                 "object": "list",
                 "created": int(time.time()),
-                "model": served.name,
+                "model": reply.model,
                 "data": [
                     {"index": index, "object": "score", "score": score}
                     for index, score in enumerate(pairs.scores(results))
@@ -95,6 +95,7 @@ class Scores:
 
         reply = PooledReply(
             served,
+            model=fields.model,
             prefix="score",
             take=lambda position, result: result,
             finish=finish,

@@ -75,6 +75,7 @@ class CreateResponse:
         warnings += tuple(reader.warnings)
         warnings += tuple(renamed_warning(warning, fields.client_names) for warning in prepared.warnings)
         generation = replace(prepared.generation, structure_name=fields.client_names["structured_outputs"])
+        generation = self._served.with_lora(generation, fields.model)
         response_id = f"resp_{uuid4().hex}"
         envelope = Envelope(response_id, self._echo(fields, params, warnings))
         new_wire = partial(
@@ -99,6 +100,7 @@ class CreateResponse:
         record = self._recorder(response_id, turn) if self._stores(fields) else None
         self._served.answer(
             generation,
+            model=fields.model,
             wire=new_wire(record=record),
             stream=bool(fields.stream),
             request=request,
@@ -229,7 +231,7 @@ class CreateResponse:
             "max_output_tokens": fields.max_output_tokens,
             "max_tool_calls": None,
             "metadata": fields.metadata or {},
-            "model": self._served.name,
+            "model": fields.model,
             "parallel_tool_calls": fields.parallel_tool_calls is not False,
             "previous_response_id": fields.previous_response_id,
             "prompt_cache_key": fields.prompt_cache_key,

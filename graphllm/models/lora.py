@@ -1,0 +1,149 @@
+"""A LoRA adapter's folder, as peft writes it, and its way into an adapter's memory.
+
+Everything that can be wrong is found and refused before memory is filled, but for numbers that are none.
+Owns the accounting of tensors; what the configuration means is `adapter_config.py`'s, what layers are called
+`adapter_names.py`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from graphllm.errors import CheckpointError
+from graphllm.layers.lora import AdapterLayout
+from graphllm.models.adapter_config import read_lora_config
+from graphllm.models.adapter_names import AdapterNames, AdapterTarget
+from graphllm.models.safetensors_folder import open_shard
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_OTHER_WEIGHTS_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A layer's two tensors, by name, and what they are worth."""
+
+    target: AdapterTarget
+    down: str
+    up: str
+    rank: int
+    scale: float
+
+
+class AdapterFolder:
+    """An opened adapter, checked against the model that it is for; its numbers are still to be read.
+
+    Raises CheckpointError, naming the file, and the tensor or key at fault.
+    """
+
+    def __init__(self, path: Path, names: AdapterNames, *, max_rank: int) -> None:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}.")
+        self._file = path / WEIGHTS_FILE
+        try:
+            self._config = read_lora_config(path)
+            self._check_file(path)
+            self._shard = open_shard(self._file)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}.") from error
+        self._names = names
+        self._pairs = self._find_pairs()
+        self.rank = max(pair.rank for pair in self._pairs)
+        if self.rank > max_rank:
+            raise CheckpointError(
+                f"{self._config.path}: the adapter's rank, {self.rank}, is above --max-lora-rank {max_rank}."
+            )
+
+    def read_in_slices(self, image: torch.Tensor, layout: AdapterLayout) -> Iterator[None]:
+        """Fill an adapter's memory, image: [layout.num_bytes] uint8; yields after each layer.
+
+        Raises CheckpointError for numbers that are none, or too large for the model's number format.
+        """
+        pairs_of: dict[str, list[_Pair]] = {}
+        for pair in self._pairs:
+            pairs_of.setdefault(pair.target.path, []).append(pair)
+        for path in layout.places:
+            views = layout.views(image[None], path)
+            for whole in (views.down, views.up, views.scales):
+                whole.zero_()
+            for pair in pairs_of.get(path, ()):
+                target, rank = pair.target, pair.rank
+                down, up = self._read(pair.down, layout.dtype), self._read(pair.up, layout.dtype)
+                views.up[0, target.start : target.end, :rank] = up
+                for part in target.parts:
+                    views.down[0, part, :rank] = down
+                    views.scales[0, part] = pair.scale
+            yield
+
+    def _check_file(self, path: Path) -> None:
+        others = [name for name in _OTHER_WEIGHTS_FILES if (path / name).exists()]
+        if others and not self._file.exists():
+            raise CheckpointError(
+                f"{path}: it has weights only as {others[0]}; convert them to safetensors ({WEIGHTS_FILE})."
+            )
+
+    def _find_pairs(self) -> list[_Pair]:
+        tensors: dict[str, dict[str, str]] = {}
+        for name in self._shard.shapes:
+            match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
+            if match is None:
+                self._refuse(f"tensor {name!r} is not of a plain LoRA layer (lora_A.weight, lora_B.weight)")
+            sides = tensors.setdefault(match["layer"], {})
+            if match["side"] in sides:
+                self._refuse(f"tensor {name!r} is there twice")
+            sides[match["side"]] = name
+        pairs = [self._pair(layer, sides) for layer, sides in tensors.items()]
+        self._check_targets(pairs)
+        return pairs
+
+    def _pair(self, layer: str, sides: dict[str, str]) -> _Pair:
+        if missing := {"A", "B"} - sides.keys():
+            self._refuse(f"layer {layer!r} has no lora_{missing.pop()}")
+        target = self._names.targets.get(layer)
+        if target is None:
+            self._refuse(f"it changes {layer!r}, {self._names.refusal(layer)}")
+        if not self._config.is_target(layer):
+            self._refuse(f"it has tensors of {layer!r}, which its 'target_modules' does not name")
+        rank = self._config.rank_of(layer)
+        for name, shape in (
+            (sides["A"], (rank, target.in_features)),
+            (sides["B"], (target.end - target.start, rank)),
+        ):
+            if (found := self._shard.shapes[name]) != shape:
+                self._refuse(f"tensor {name!r} has shape {list(found)}; model and rank ask for {list(shape)}")
+        return _Pair(target, sides["A"], sides["B"], rank, self._config.scale_of(layer))
+
+    def _check_targets(self, pairs: list[_Pair]) -> None:
+        """Refuse layers that are there twice under two names, or not at all."""
+        rows = [(pair.target.path, part) for pair in pairs for part in pair.target.parts]
+        if len(rows) > len(set(rows)):
+            self._refuse("it changes a layer twice, under two names")
+        if self._config.targets is None or self._config.is_partial:
+            return
+        found = {pair.target.name for pair in pairs}
+        wanted = {target.name for name, target in self._names.targets.items() if self._config.is_target(name)}
+        if missing := sorted(wanted - found):
+            self._refuse(f"it has no tensors of {missing[0]!r}, though 'target_modules' means that layer too")
+
+    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor: Any = self._shard.handle.get_tensor(name)
+        if not tensor.is_floating_point():
+            self._refuse(f"tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, no real numbers")
+        tensor = tensor.to(dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            self._refuse(
+                f"tensor {name!r} has values that are no numbers in {str(dtype).removeprefix('torch.')}"
+            )
+        found: torch.Tensor = tensor
+        return found
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise CheckpointError(f"{self._file}: {reason}.")
