@@ -73,7 +73,10 @@ class AdapterRegistry:
             folder = await self._device.run(
                 lambda: AdapterFolder(Path(path).expanduser(), self._names, max_rank=self._layout.max_rank)
             )
-            image = self._device.empty_host(self._layout.num_bytes, dtype=torch.uint8)
+            # Not on the loop: to pin so much memory takes a card's driver tens of milliseconds.
+            image = await self._device.run(
+                lambda: self._device.empty_host(self._layout.num_bytes, dtype=torch.uint8)
+            )
             slices = folder.read_in_slices(image, self._layout)
             while await self._device.run(partial(_read_slice, slices)):
                 pass
