@@ -18,7 +18,7 @@ from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.family import Family
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.hf_config import HFConfig
-from graphllm.models.hf_keys import QUANTIZATION_KEYS
+from graphllm.models.hf_keys import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from graphllm.models.hf_quantization import READERS, Rules
 from graphllm.models.packed_gguf import GgufRules, PackedGGUFCheckpoint
 from graphllm.models.registry import Configured, find_family
@@ -200,9 +200,18 @@ def refuse_quantization(checkpoint: Configured, *, asked: str | None) -> None:
 
 
 def quantization_section(config: HFConfig) -> HFConfig | None:
-    """What config.json says of packed weights, None where it says nothing; its keys count as understood."""
-    present = [key for key in QUANTIZATION_KEYS if config.get(key) is not None]
-    return config.section(present[0]) if present else None
+    """What config.json, or a quantizer's own file, says of packed weights; None where nothing does.
+
+    All keys that may say it count as understood. Raises CheckpointError where two contradict each other.
+    """
+    first, *others = [key for key in QUANTIZATION_KEYS if config.get(key) is not None] or [None]
+    if first is None:
+        return None
+    for key in others:
+        if config.get(key) != config.get(first):
+            config.refuse(key, f"contradicts '{first}'")
+    method = QUANTIZATION_FILES.get(first)
+    return config.section(first, defaults=None if method is None else {"quant_method": method})
 
 
 METHODS: Mapping[str, Callable[[HFConfig, HFConfig], Rules]] = READERS
