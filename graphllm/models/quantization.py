@@ -204,10 +204,11 @@ def quantization_section(config: HFConfig) -> HFConfig | None:
 
     All keys that may say it count as understood. Raises CheckpointError where two contradict each other.
     """
-    first, *others = [key for key in QUANTIZATION_KEYS if config.get(key) is not None] or [None]
-    if first is None:
+    present = [key for key in QUANTIZATION_KEYS if config.get(key) is not None]
+    if not present:
         return None
-    for key in others:
+    first = present[0]
+    for key in present[1:]:
         if config.get(key) != config.get(first):
             config.refuse(key, f"contradicts '{first}'")
     method = QUANTIZATION_FILES.get(first)
