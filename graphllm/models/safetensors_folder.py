@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from graphllm.errors import CheckpointError
+from graphllm.models.hf_keys import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from graphllm.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_WEIGHTS_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
 # Plain numbers, and what packed ones are made of.
-_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F8_E4M3"})
+_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F8_E4M3", "F8_E8M0"})
 _NOT_FILE_NAMES = frozenset({"", ".", ".."})
 _NOT_IN_FILE_NAMES = frozenset("/\\\0")
 _MAX_JSON_BYTES = 64 << 20
@@ -34,7 +35,8 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 class FolderCheckpoint:
     """Implements `Checkpoint` over memory-mapped safetensors files.
 
-    Reads config.json, generation_config.json when there is one, and the headers of all shards.
+    Reads config.json, generation_config.json when there is one, a quantizer's own file where config.json
+    says nothing of packed weights, and the headers of all shards.
     Raises CheckpointError naming the file and what is wrong with it. Shard names come from the
     folder's own index and must be plain file names, so nothing outside the folder is opened unless
     a file of the folder is itself a link, as in a Hub cache.
@@ -50,6 +52,7 @@ class FolderCheckpoint:
             _refuse(path, "is not a folder" if path.exists() else "no such folder")
         try:
             self.hf_config = read_json_object(path / "config.json")
+            add_quantization_file(self.hf_config, path)
             generation_config = path / "generation_config.json"
             self.generation_config = (
                 read_json_object(generation_config) if os.path.lexists(generation_config) else {}
@@ -89,6 +92,16 @@ class FolderCheckpoint:
             return self._shard_of_tensor[name]
         except KeyError:
             raise CheckpointError(f"{self.path}: it has no tensor {name!r}.") from None
+
+
+def add_quantization_file(hf_config: dict[str, Any], folder: Path) -> None:
+    """Where config.json says nothing of packed weights, add what a quantizer's own file in the folder says,
+    under the file's name. Raises CheckpointError for one that cannot be read."""
+    if all(hf_config.get(key) is None for key in QUANTIZATION_KEYS):
+        for name in QUANTIZATION_FILES:
+            if os.path.lexists(folder / name):
+                hf_config[name] = read_json_object(folder / name)
+                return
 
 
 @dataclass(frozen=True, slots=True)
