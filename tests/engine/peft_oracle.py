@@ -1,4 +1,4 @@
-"""peft as the oracle: it makes adapters, merges them, and transformers continues prompts with what results."""
+"""peft as the oracle: it makes and merges adapters, and transformers continues prompts with them."""
 
 from __future__ import annotations
 
