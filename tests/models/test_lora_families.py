@@ -118,6 +118,7 @@ def test_adapters_are_added_to_what_quantized_layers_give(form: str, accuracy: f
         (GPT2, "transformer.h.0.attn.c_attn", "keeps in another order"),
         (FALCON, "transformer.h.1.self_attention.query_key_value", "keeps in another order"),
         (MIXTRAL, "model.layers.0.mlp.experts.gate_up_proj", "experts are not served"),
+        (DEEPSEEK_V3, "model.layers.0.self_attn.kv_b_proj", "computes with inside the latent"),
         (LLAMA, "lm_head", "an embedding or a head"),
         (LLAMA, "model.embed_tokens", "an embedding or a head"),
         (LLAMA, "model.norm", "no linear layer of this model"),
