@@ -14,7 +14,9 @@ from graphllm.engine.engine import Engine
 from graphllm.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
 from graphllm.runner.device import CpuDevice
 from tests.engine.harness import Collector, assert_nothing_held, ended, running_engine, settle
+from tests.engine.languages import words
 from tests.engine.test_adapters import FLAGS, add, answer
+from tests.engine.test_waiting_grammars import SlowCompiler
 from tests.tiny_adapters import write_tiny_adapter
 from tests.tiny_model import HIDDEN, write_tiny_model
 
@@ -101,6 +103,27 @@ def test_a_queued_request_keeps_the_adapter_that_it_named(
         assert old.image is None and not given_up.token_ids[0]
 
     run(scenario, model, max_num_seqs=1)
+
+
+def test_a_request_that_gives_up_before_its_grammar_is_compiled_keeps_no_adapter(
+    model: Path, folders: list[str]
+) -> None:
+    async def scenario(engine: Engine) -> None:
+        compiler = SlowCompiler()
+        compiler.install(engine)
+        adapter = await engine.adapters.load("a", folders[0])
+        params = words("ab")
+        failed = Collector()
+        for name, sink in (("given up", Collector()), ("failed", failed)):
+            engine.add(name, [1, 2], params=params, sink=sink, lora="a")
+        assert adapter.num_requests == 2
+        engine.abort("given up")
+        assert adapter.num_requests == 1
+        compiler.fail(InvalidRequestError("it cannot be"))
+        await ended(failed)
+        assert failed.error is not None and adapter.num_requests == 0
+
+    run(scenario, model)
 
 
 def test_an_unload_while_the_name_is_being_loaded_finds_nothing(model: Path, folders: list[str]) -> None:
