@@ -1,4 +1,4 @@
-"""`make gpu`: everything that needs a card, in one command and at most eight minutes.
+"""`make gpu`: everything that needs a card, in one command and at most nine minutes.
 
     python3 tools/gpu.py                 # compile, kernels, graphs, e2e, bench, peers
     python3 tools/gpu.py bench --list    # one part; --list only says what it would run
@@ -48,11 +48,11 @@ from benchmarks.gpu.results import (  # noqa: E402
 from benchmarks.gpu.step_runner import SECONDS, Outcome, Step, run_steps  # noqa: E402
 
 SCRATCH_VARIABLE = "GRAPHLLM_GPU_SCRATCH"
-MAX_SECONDS = 480
+MAX_SECONDS = 540
 # Seconds of each part's steps. What a step leaves goes to the later ones; all of them together stay
 # below MAX_SECONDS by what the start and the summary take.
 LIMITS: dict[str, dict[str, int]] = {
-    "compile": {"compile_kernels": 56},
+    "compile": {"compile_kernels": 60},
     "kernels": {"kernels": 66},
     "graphs": {"graphs": 28},
     "e2e": {"e2e": 36},
@@ -63,6 +63,7 @@ LIMITS: dict[str, dict[str, int]] = {
         "swap": 12,
         "fp8_linear": 18,
         "packed_linear": 16,
+        "quantized_decode": 36,
         "serving": 46,
         "startup": 30,
     },

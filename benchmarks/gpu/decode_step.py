@@ -41,6 +41,11 @@ def decode_config(shape: str) -> Any:
     return limited_config(limits, num_kv_tokens=max(max(BATCHES) * (CONTEXT + 64), limits.max_model_len))
 
 
+def measured_context(context: int) -> int:
+    """The mean context of the replays that `time_decode` takes for `context`."""
+    return context - _NUM_MEAN_SHORT
+
+
 def time_decode(loaded: Any, device: Any, *, num_rows: int, context: int) -> Timing:
     """Milliseconds of one replay of the decode graph for `num_rows` sequences of `context` tokens each."""
     import torch
@@ -116,7 +121,7 @@ def measure_steps(
 def _write(
     log: ResultLog, shape: str, batch: int, context: int, *, timing: Timing, ceilings: Ceilings
 ) -> None:
-    floor = shape_of(shape).decode_floor_ms(batch, context - _NUM_MEAN_SHORT, ceilings)
+    floor = shape_of(shape).decode_floor_ms(batch, measured_context(context), ceilings)
     name = f"{shape} batch {batch} context {context_name(context)}"
     log.measured(f"{name}: step", timing.median, unit="ms", floor=floor)
     log.measured(f"{name}: fastest step", timing.least, unit="ms", floor=floor)

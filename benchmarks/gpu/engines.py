@@ -33,6 +33,7 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int | None = None
     cudagraph_capture_sizes: tuple[int, ...] | None = None
+    quantization: str | None = None
 
     def options(self) -> dict[str, Any]:
         """As arguments of `EngineConfig`."""
@@ -64,6 +65,19 @@ def _decode(shape: str) -> EngineLimits:
 
 
 DECODE = {shape: _decode(shape) for shape in SHAPES}
+QUANTIZED_BATCHES = (1, 8, 32)
+"""Rows of the decode steps that are measured in several forms of weights."""
+QUANTIZED = {
+    form: EngineLimits(
+        shape=LARGE_SHAPE,
+        max_model_len=2 * CONTEXT,
+        max_num_seqs=max(QUANTIZED_BATCHES),
+        max_num_batched_tokens=max(QUANTIZED_BATCHES),
+        cudagraph_capture_sizes=QUANTIZED_BATCHES,
+        quantization=form if form in ("int4", "fp8") else None,
+    )
+    for form in ("bfloat16", "int4", "fp8")
+}
 PREFILL = EngineLimits(
     shape=LARGE_SHAPE,
     max_model_len=PROMPT + 64,
@@ -93,6 +107,7 @@ END_TO_END = EngineLimits(shape=SMALLEST_SHAPE, max_model_len=4096, max_num_seqs
 
 ENGINES: tuple[EngineLimits, ...] = (
     *DECODE.values(),
+    *QUANTIZED.values(),
     PREFILL,
     SMALL_SERVER,
     LARGE_SERVER,

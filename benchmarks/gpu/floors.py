@@ -70,10 +70,13 @@ class ModelShape:
         """Key and value elements of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    def decode_bytes(self, num_rows: int, context: int, *, element_bytes: int = 2) -> int:
-        """What a decode step must read: every weight once, and each row's keys and values."""
-        weights = self.num_layer_weights + self.num_other_weights + self.num_head_weights
-        return element_bytes * (weights + num_rows * context * self.num_kv_elements)
+    def decode_bytes(self, num_rows: int, context: int, *, layer_bits: int = 16) -> int:
+        """What a decode step must read: every weight once, and each row's keys and values.
+
+        layer_bits: of a weight of the layers' matrices; everything else has 16.
+        """
+        others = self.num_other_weights + self.num_head_weights + num_rows * context * self.num_kv_elements
+        return layer_bits * self.num_layer_weights // 8 + 2 * others
 
     def prefill_flops(self, num_tokens: int) -> int:
         """Operations of one prompt: products of every token, causal attention, the head for one token."""
@@ -82,9 +85,11 @@ class ModelShape:
         num_scores = num_tokens * (num_tokens + 1) // 2
         return products + 4 * self.num_layers * self.num_heads * self.head_dim * num_scores
 
-    def decode_floor_ms(self, num_rows: int, context: int, ceilings: Ceilings) -> float:
-        """A step's least time: reading, or multiplying where rows are many."""
-        reading = self.decode_bytes(num_rows, context) / ceilings.bytes_per_second
+    def decode_floor_ms(
+        self, num_rows: int, context: int, ceilings: Ceilings, *, layer_bits: int = 16
+    ) -> float:
+        """A step's least time: reading, or multiplying in bfloat16 where rows are many."""
+        reading = self.decode_bytes(num_rows, context, layer_bits=layer_bits) / ceilings.bytes_per_second
         multiplying = (
             2 * num_rows * (self.num_layer_weights + self.num_head_weights) / ceilings.flops_per_second
         )

@@ -103,6 +103,11 @@ def swap_metric(direction: str) -> str:
     return f"llama-3.1-8b swap {direction}: share of the pinned copy's rate"
 
 
+def quantized_metric(form: str, batch: int) -> str:
+    """The name of a decode step's speed with packed weights as a multiple of bfloat16's."""
+    return f"llama-3.1-8b {form} batch {batch} context 1k: step's speed beside bfloat16"
+
+
 FP8_METRIC = "llama-3.1-8b batch 64 context 4k: decode attention over fp8 against bfloat16"
 PDL_METRIC = "qwen3-0.6b batch 1 context 1k: dependent launch on against off"
 RAGGED_METRIC = "llama-3.1-8b 16k + 63 x 512: time over a uniform batch of the same bytes"
@@ -247,6 +252,16 @@ TARGETS: tuple[Target, ...] = (
         FP8_METRIC,
         "Decode attention of Llama-3.1-8B over an fp8 KV cache against bfloat16, batch 64, context 4k",
         unit="times",
+    ),
+    *(
+        _reported(
+            "quantized_decode",
+            quantized_metric(form, batch),
+            f"Decode step of Llama-3.1-8B in {form} against bfloat16, batch {batch}, context 1k",
+            unit="times",
+        )
+        for form in ("int4", "fp8")
+        for batch in (1, 8, 32)
     ),
     _at_most(
         "graph_memory",

@@ -19,7 +19,7 @@ from graphllm.models.families.gpt_oss import GPT_OSS
 from graphllm.models.families.granite import GRANITE
 from graphllm.models.families.granite_moe import GRANITE_MOE
 from graphllm.models.families.llama import LLAMA
-from graphllm.models.families.mistral import MISTRAL
+from graphllm.models.families.mistral import MINISTRAL3, MISTRAL
 from graphllm.models.families.mixtral import MIXTRAL
 from graphllm.models.families.olmo import OLMO2, OLMO3
 from graphllm.models.families.olmoe import OLMOE
@@ -41,6 +41,7 @@ from graphllm.models.hf_keys import QUANTIZATION_KEYS
 FAMILIES = (
     LLAMA,
     MISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     GEMMA,

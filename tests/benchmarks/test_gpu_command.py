@@ -222,10 +222,10 @@ def test_failures_are_said_last_and_decide_the_exit_code(
     assert {path.name for path in out.iterdir()} == {"gpu-bench.jsonl", "results.md"}
 
 
-def test_parts_and_their_limits_fit_in_eight_minutes_and_eight_files() -> None:
+def test_parts_and_their_limits_fit_in_nine_minutes_and_eight_files() -> None:
     assert gpu.PARTS == ("compile", "kernels", "graphs", "e2e", "bench", "peers") == results_page.PARTS
     seconds = sum(sum(steps.values()) for steps in gpu.LIMITS.values())
-    assert seconds + 15 <= gpu.MAX_SECONDS == 480
+    assert seconds + 15 <= gpu.MAX_SECONDS == 540
     planned = {part.name: sum(step.seconds for step in part.steps) for part in gpu.plan_parts(gpu.PARTS)}
     assert planned == {name: pytest.approx(sum(steps.values())) for name, steps in gpu.LIMITS.items()}
     # A file of lines for each part, the log and the page.

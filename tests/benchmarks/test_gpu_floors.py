@@ -43,6 +43,9 @@ def test_a_decode_step_reads_weights_once_and_each_rows_kv() -> None:
     weights = shape.num_layer_weights + shape.num_other_weights + shape.num_head_weights
     assert shape.decode_bytes(1, 10) == 2 * (weights + 10 * 24)
     assert shape.decode_bytes(4, 10) == 2 * (weights + 40 * 24)
+    # Packed weights are those of the layers' matrices alone.
+    packed = shape.decode_bytes(1, 10, layer_bits=5)
+    assert packed == shape.decode_bytes(1, 10) - 11 * shape.num_layer_weights // 8
 
 
 def test_a_prompt_multiplies_every_token_and_attends_causally() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from graphllm.kernels.rotary import QueryGrowth
 from graphllm.layers.norm import NormConfig
 from graphllm.layers.rotary import LongRopeScaling, RotaryConfig
 from graphllm.models.config import ModelConfig
@@ -119,6 +120,8 @@ LONG_ROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+GROWTH = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 16}
+
 # test_llama_equality.py has more of it.
 LLAMA = FamilyCases(
     name="Llama",
@@ -160,6 +163,33 @@ MINISTRAL = FamilyCases(
     config_mutants={
         "no window": ("a window in every other layer", NO_WINDOW),
         "the other layer's window": ("a window in every other layer", reversed_layers),
+    },
+)
+MINISTRAL3 = FamilyCases(
+    name="Ministral 3",
+    models="Devstral 2 123B, and the text models in Ministral 3",
+    architecture="Ministral3ForCausalLM",
+    base={"head_dim": 12},
+    variants={
+        "queries grow, yarn": {"rope_parameters": YARN | GROWTH},
+        "queries grow, a window, tied": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0} | GROWTH,
+            "tie_word_embeddings": True,
+            **WINDOW,
+        },
+    },
+    config_mutants={
+        "no growth": ("queries grow, yarn", rotary(query_growth=None)),
+        "growth from a later position on": (
+            "queries grow, yarn",
+            rotary(query_growth=QueryGrowth(growth=0.3, interval=17)),
+        ),
+        "another growth": (
+            "queries grow, a window, tied",
+            rotary(query_growth=QueryGrowth(growth=0.35, interval=16)),
+        ),
+        "no window": ("queries grow, a window, tied", NO_WINDOW),
+        "no stretching": ("queries grow, yarn", rotary(scaling=None)),
     },
 )
 QWEN2 = FamilyCases(
@@ -703,6 +733,7 @@ FAMILIES = (
     LLAMA,
     MISTRAL,
     MINISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     GEMMA,
