@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from graphllm.adapter import Adapter
-from graphllm.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
+from graphllm.errors import CheckpointError, ConfigError, InvalidRequestError, ModelNotFoundError
 from graphllm.layers.lora import AdapterLayout
 from graphllm.models.adapter_names import AdapterNames
 from graphllm.models.lora import AdapterFolder
@@ -105,8 +105,11 @@ class AdapterRegistry:
         if self._spare_images:
             return self._spare_images.pop()
         num_bytes = self._layout.num_bytes
-        # Not on the loop: to pin so much memory takes a card's driver tens of milliseconds.
-        return await self._device.run(lambda: self._device.empty_host(num_bytes, dtype=torch.uint8))
+        try:
+            # Not on the loop: to pin so much memory takes a card's driver tens of milliseconds.
+            return await self._device.run(lambda: self._device.empty_host(num_bytes, dtype=torch.uint8))
+        except (ConfigError, RuntimeError) as error:
+            raise InvalidRequestError(f"There is no host memory for another adapter: {error}") from error
 
     def unload(self, name: str) -> Adapter:
         """Take an adapter's name away; raises ModelNotFoundError."""
