@@ -237,12 +237,15 @@ def attention(card: Card) -> None:
         ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
-    for shape, dtype, window, softcap, has_alibi in (
-        (LLAMA_1B, BF16, None, None, False),
-        (LLAMA_8B, BF16, None, None, False),
-        (LLAMA_8B, eight_bits(card), None, None, False),
-        (GEMMA_LIKE, BF16, 4096, 50.0, False),
-        (LLAMA_1B, BF16, None, None, True),
+    for shape, dtype, window, softcap, has_alibi, is_causal in (
+        (LLAMA_1B, BF16, None, None, False, True),
+        (LLAMA_8B, BF16, None, None, False, True),
+        (LLAMA_8B, eight_bits(card), None, None, False, True),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False, True),
+        (LLAMA_1B, BF16, None, None, True, True),
+        # Of encoders' and embedders' heads, at numbers of heads whose decode kernels are here already.
+        (LLAMA_1B, BF16, None, None, False, False),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False, False),
     ):
         metadata = backend.plan(inputs, bucket)
         backend.begin_step(metadata)
@@ -256,6 +259,7 @@ def attention(card: Card) -> None:
                 scale=shape.head_dim**-0.5,
                 sliding_window=window,
                 softcap=softcap,
+                is_causal=is_causal,
             ),
             metadata=metadata,
             slopes=card.tensor(shape.num_heads, dtype=torch.float32) if has_alibi else None,

@@ -31,6 +31,7 @@ from tests.models.published_older_configs import (
     STABLELM_MODELS,
     STARCODER2_MODELS,
 )
+from tests.models.published_pooled_configs import BERT_MODELS, DECODERS_WITHOUT_HEAD, ROBERTA_MODELS
 from tests.models.published_text_parts import TEXT_PART_MODELS
 
 PUBLISHED_MODELS = (
@@ -57,4 +58,7 @@ PUBLISHED_MODELS = (
     *GPT_OSS_AND_OTHER_MODELS,
     *DEEPSEEK_MODELS,
     *TEXT_PART_MODELS,
+    *BERT_MODELS,
+    *ROBERTA_MODELS,
+    *DECODERS_WITHOUT_HEAD,
 )
