@@ -17,7 +17,7 @@ from graphllm.attention.triton_paged import TritonPagedAttention
 from graphllm.kernels.linear import linear_ref
 from graphllm.models.weights import load_model
 from tests.models.equality import CPU, TOLERANCE, error, prompt, theirs
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, GROWTH
 from tests.models.memory_checkpoint import as_checkpoint
 from tests.models.moe_families import MOE_FAMILIES
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
@@ -25,9 +25,11 @@ from tests.models.pooled_families import CASES
 
 pytestmark = pytest.mark.triton
 
+SHORT_INTERVAL = {"original_max_position_embeddings": 3}
 VARIANTS = [
     ("Gemma 2", "caps and a window in every other layer"),
     ("Gemma 3", "stretched frequencies of full layers"),
+    ("Ministral 3", "queries grow, a window, tied"),
     ("Phi", "norms of queries and keys"),
     ("Granite", "biases, tied"),
     ("OLMo 2", "norms on outputs"),
@@ -52,7 +54,11 @@ VARIANTS = [
 def test_kernels_equal_transformers(name: str, variant: str) -> None:
     family = next(family for family in FAMILIES + MOE_FAMILIES if family.name == name)
     # Programs are slow here: few tokens, and so narrow windows.
-    keys = {"sliding_window": 4} if "sliding_window" in family.base | family.variants[variant] else {}
+    keys: dict[str, Any] = {}
+    if "sliding_window" in family.base | family.variants[variant]:
+        keys["sliding_window"] = 4
+    if name == "Ministral 3":
+        keys["rope_parameters"] = {"rope_type": "default", "rope_theta": 50.0, **GROWTH, **SHORT_INTERVAL}
     model, arena = family.tiny(variant, **keys), Arena(CPU)
     backend = TritonPagedAttention(
         block_size=BLOCK_SIZE, arena=arena, max_num_rows=2, max_model_len=64, num_multiprocessors=1
