@@ -34,9 +34,9 @@ from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.fallback_capture import find_obstacle
 from graphllm.models.fallback_choice import (
     fallback_architecture,
-    is_known_to_transformers,
     refuse_without_weights,
 )
+from graphllm.models.fallback_class import find_class, unknown_keys, unservable
 from graphllm.models.fallback_weights import load_weights, match_weights
 from graphllm.models.hf_config import MAX_NUM_LAYERS
 from graphllm.models.safetensors_folder import FolderCheckpoint
@@ -90,7 +90,7 @@ class Fallback:
                 progress(number, len(parts))
         decoder = FallbackDecoder(module, self, backend=backend, dtype=dtype)
         if (difference := decoder.find_difference()) is not None:
-            raise _unservable(self.checkpoint, type(module).__name__, difference)
+            raise unservable(self.checkpoint, type(module).__name__, difference)
         return decoder
 
 
@@ -113,57 +113,21 @@ def find_fallback(
         if model_impl == "auto":
             return None
         raise ConfigError("--model-impl transformers serves folders with safetensors only.")
-    hf_config, model_class = _find_class(checkpoint, architecture, trust_remote_code=trust_remote_code)
+    hf_config, model_class = find_class(checkpoint, architecture, trust_remote_code=trust_remote_code)
     try:
         specs, hidden_size, vocab_size = _outline(hf_config, model_class)
     except UnservableAttention as error:
-        raise _unservable(checkpoint, architecture, str(error)) from error
+        raise unservable(checkpoint, architecture, str(error)) from error
     logger.warning("%s runs through transformers' own module: slower than a declared family", architecture)
+    if unknown := unknown_keys(checkpoint.hf_config, hf_config):
+        logger.warning(
+            "%s: transformers' %s does not declare the configuration keys %s, and may not heed them",
+            checkpoint.path,
+            type(hf_config).__name__,
+            ", ".join(repr(key) for key in unknown),
+        )
     config = _model_config(checkpoint, hf_config, specs, hidden_size=hidden_size, vocab_size=vocab_size)
     return Fallback(checkpoint, hf_config, model_class, config, specs)
-
-
-def _find_class(checkpoint: Checkpoint, architecture: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The configuration object and the class of the whole model."""
-    try:
-        import transformers
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    except ImportError as error:
-        raise ConfigError(
-            f"No family of graphllm answers to architecture {architecture!r}, and the fallback needs "
-            "transformers: pip install transformers."
-        ) from error
-    values = checkpoint.hf_config
-    model_type = values.get("model_type")
-    try:
-        if is_known_to_transformers(architecture, model_type):
-            return CONFIG_MAPPING[model_type].from_dict(values), getattr(transformers, architecture)
-        if "auto_map" in values and trust_remote_code:
-            path = str(checkpoint.path)
-            hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
-            return hf_config, transformers.dynamic_module_utils.get_class_from_dynamic_module(
-                values["auto_map"]["AutoModelForCausalLM"], path
-            )
-    except Exception as error:  # whatever the configuration's class, or the repository's code, trips over
-        raise _unservable(checkpoint, architecture, f"its configuration is refused: {error}") from error
-    if "auto_map" in values:
-        raise _unservable(
-            checkpoint,
-            architecture,
-            "it brings code of its own, which runs with --trust-remote-code only: read it first",
-        )
-    if architecture.endswith("ForConditionalGeneration"):
-        raise _unservable(checkpoint, architecture, "it is no decoder-only model of text")
-    raise _unservable(
-        checkpoint,
-        architecture,
-        f"neither graphllm nor transformers {transformers.__version__} has a language model of that name",
-    )
-
-
-def _unservable(checkpoint: Checkpoint, architecture: str, reason: str) -> CheckpointError:
-    text = " ".join(reason.split())
-    return CheckpointError(f"{checkpoint.path}: architecture {architecture!r} is not supported: {text}.")
 
 
 def _outline(hf_config: Any, model_class: Any) -> tuple[tuple[AttentionSpec, ...], int, int]:

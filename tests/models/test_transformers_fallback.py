@@ -356,6 +356,21 @@ def test_tensors_are_accounted_for_as_strictly_as_ours(tmp_path: Path) -> None:
     paged(fallback(folder))
 
 
+def test_keys_that_transformers_does_not_declare_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(tiny("Glm4MoeLite"), tmp_path / "model")
+    with caplog.at_level(logging.WARNING):
+        fallback(folder)
+    assert "does not declare" not in caplog.text
+    save(tiny("Glm4MoeLite"), folder, attention_twist=2, finetuning_task="none", other_twist=None)
+    with caplog.at_level(logging.WARNING):
+        fallback(folder)
+    assert (
+        "Glm4MoeLiteConfig does not declare the configuration keys 'attention_twist', and may" in caplog.text
+    )
+
+
 def test_experts_are_accounted_for_one_by_one(tmp_path: Path) -> None:
     """The module has them in one tensor: a gap would shift all behind it."""
     folder = save(tiny("Ernie4_5_Moe"), tmp_path / "model")
