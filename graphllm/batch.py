@@ -107,7 +107,7 @@ class ScheduledBatch:
     Order on the device: slot installs, block appends, block copies, forward, sample. `copies` are
     (source block, destination block), independent of each other. `pairs` lists what is sampled; a row
     in the middle of its prefill has none, the last row of a prompt has one for each sequence of its group.
-    `spans` lists what of prompts is scored, behind all that. `pools`: some pair's hidden state is wanted.
+    `spans` lists what of prompts is scored, behind all that. `pools`: some row is of a pooling request.
     `uses_adapters`: some row's sequence has one.
     """
 
@@ -136,12 +136,12 @@ class ScheduledBatch:
 class StepResult:
     """What a step sampled, aligned with its batch's `pairs`.
 
-    `logprobs[i]` is None for pairs that asked for none. scores: aligned with the batch's `spans`. embeddings:
-    for the pairs of pooling requests, by their index, [hidden_size] float32.
+    `logprobs[i]` is None for pairs that asked for none. scores: aligned with the batch's `spans`. pooled: the
+    results of pooling requests, by the index of the pair that ends them, [output_size] float32.
     """
 
     step_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprob | None]
     scores: list[PromptScores] = field(default_factory=list)
-    embeddings: dict[int, array[float]] = field(default_factory=dict)
+    pooled: dict[int, array[float]] = field(default_factory=dict)

@@ -345,6 +345,13 @@ class EngineConfig:
         parse=parse_sizes,
         metavar="N",
     )
+    matryoshka_dimensions: tuple[int, ...] | None = option(
+        None,
+        "Sizes that a model's vectors may be cut to, for example 128,256,512, where its makers say so and "
+        "its config.json does not.",
+        parse=parse_sizes,
+        metavar="N",
+    )
     enforce_eager: bool = option(
         False, "Capture no CUDA graphs and launch kernel by kernel: slow, for debugging."
     )

@@ -21,8 +21,19 @@ from tqdm import tqdm
 from graphllm.config import EngineConfig
 from graphllm.engine.engine import Engine
 from graphllm.errors import GraphLLMError, InvalidRequestError
-from graphllm.offline import EmbedJob, GenerateJob, OfflineJob, Output, Prompt
-from graphllm.outputs import EmbeddingRequestOutput, RequestOutput
+from graphllm.models.pair_scores import PairScores
+from graphllm.models.pooled_texts import TextEncoder, activated, find_prompt
+from graphllm.offline import GenerateJob, OfflineJob, Output, Pooled, PoolJob, Prompt
+from graphllm.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    l2_normalized,
+)
 from graphllm.sampling_params import SamplingParams
 
 tqdm.monitor_interval = 0  # its monitor is a thread
@@ -101,6 +112,7 @@ class LLM:
 
         Raises InvalidRequestError, also when the model has no chat template.
         """
+        self._engine.check_generates()
         conversations = _as_conversations(messages)
         tokenizer = self._engine.tokenizer
         if tokenizer.chat_template is None:
@@ -122,27 +134,113 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         *,
         lora: Lora = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
+        prompt_name: str | None = None,
         use_tqdm: bool = True,
     ) -> list[EmbeddingRequestOutput]:
-        """A vector for each prompt, in `outputs.embedding`: the hidden state of its last token behind the
-        model's last norm, [hidden_size] numbers, divided by its length with `normalize`.
+        """A vector for each prompt, in `outputs.embedding`, made as it was published with the model.
 
-        Prompts and `lora` are as in `generate`, and prompts may fill the whole context.
+        A model that generates gives the hidden state of the last token behind its last norm. normalize:
+        divide vectors by their length; by default as published. prompt_name: which of the model's published
+        prompts goes in front of each text. Prompts and `lora` are as in `generate`, and prompts may fill the
+        whole context.
 
-        Raises InvalidRequestError for a prompt that cannot work; nothing is returned then.
+        Raises InvalidRequestError for a prompt that cannot work, or a model that is for scores; nothing is
+        returned then.
         """
-        entries = _as_prompts(prompts)
-        with self._progress(len(entries), use_tqdm=use_tqdm) as bar:
-            job = EmbedJob(
-                self._engine,
-                self._next_name(),
-                prompts=entries,
-                loras=_lora_for_each(lora, len(entries)),
-                normalizes=normalize,
-                bar=bar,
+        pooling = self._engine.pooling
+        if pooling.purpose == "score":
+            raise InvalidRequestError("This model is for scores; use score() or classify().", param="model")
+        normalizes = pooling.normalizes if normalize is None else normalize
+        return [
+            EmbeddingRequestOutput(
+                pooled.request_id,
+                pooled.prompt,
+                pooled.prompt_token_ids,
+                EmbeddingOutput((l2_normalized(pooled.result) if normalizes else pooled.result).tolist()),
             )
-            return self._finish(job)
+            for pooled in self._pool(
+                _as_prompts(prompts),
+                lora,
+                prefix=find_prompt(pooling, prompt_name, None),
+                use_tqdm=use_tqdm,
+            )
+        ]
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        *,
+        lora: str | None = None,
+        instruction: str | None = None,
+        use_activation: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well each document answers its query, in `outputs.score`; one query may be for all.
+
+        A model for scores reads both as one text; of a model for vectors it is their similarity.
+        lora: an adapter for all. instruction: what to judge by, for models that can be told. use_activation:
+        False gives logits.
+
+        Raises InvalidRequestError, also for a model that gives no scores.
+        """
+        firsts, seconds = ([texts] if isinstance(texts, str) else [*texts] for texts in (queries, documents))
+        firsts = firsts * len(seconds) if len(firsts) == 1 else firsts
+        if len(firsts) != len(seconds):
+            raise InvalidRequestError(
+                f"There are {len(firsts)} queries and {len(seconds)} documents; give one query for all, or "
+                "one for each.",
+                param="queries",
+            )
+        engine = self._engine
+        pairs = PairScores(
+            engine.tokenizer,
+            engine.pooling,
+            [*zip(firsts, seconds, strict=True)],
+            max_tokens=engine.max_model_len,
+            instruction=instruction,
+            is_raw=not use_activation,
+            params=("queries", "documents"),
+        )
+        inputs: list[Prompt] = [{"prompt_token_ids": token_ids} for token_ids in pairs.inputs()]
+        results = self._pool(inputs, lora, prefix="", use_tqdm=use_tqdm)
+        return [
+            ScoringRequestOutput(f"{self._name}-{index}", ScoringOutput(score))
+            for index, score in enumerate(pairs.scores([pooled.result for pooled in results]))
+        ]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        lora: Lora = None,
+        use_activation: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[ClassificationRequestOutput]:
+        """How likely each of the model's labels is for each prompt, in `outputs.probs`.
+
+        Prompts and `lora` are as in `generate`. use_activation: False gives logits, which of a reward model
+        are the rewards.
+
+        Raises InvalidRequestError, also for a model that has no labels.
+        """
+        pooling = self._engine.pooling
+        if not pooling.labels:
+            raise InvalidRequestError("This model has no labels.", param="model")
+        outputs = []
+        for pooled in self._pool(_as_prompts(prompts), lora, prefix="", use_tqdm=use_tqdm):
+            probs = activated(pooled.result, pooling, is_raw=not use_activation)
+            label = pooling.labels[max(range(len(probs)), key=probs.__getitem__)]
+            outputs.append(
+                ClassificationRequestOutput(
+                    pooled.request_id,
+                    pooled.prompt,
+                    pooled.prompt_token_ids,
+                    ClassificationOutput(probs, label),
+                )
+            )
+        return outputs
 
     def load_lora_adapter(self, name: str, path: str, *, load_inplace: bool = False) -> None:
         """Load an adapter's folder, which calls may then name; needs `enable_lora`.
@@ -196,8 +294,32 @@ class LLM:
             )
             return self._finish(job)
 
+    def _pool(self, prompts: list[Prompt], lora: Lora, *, prefix: str, use_tqdm: bool) -> list[Pooled]:
+        """Each prompt's result; prefix: goes in front of its text."""
+        encoder = TextEncoder(
+            tokenizer=self._engine.tokenizer,
+            pooling=self._engine.pooling,
+            max_tokens=self._engine.max_model_len,
+            prompt=prefix,
+            param="prompts",
+        )
+        with self._progress(len(prompts), use_tqdm=use_tqdm) as bar:
+            job = PoolJob(
+                self._engine,
+                self._next_name(),
+                prompts=prompts,
+                loras=_lora_for_each(lora, len(prompts)),
+                encoder=encoder,
+                bar=bar,
+            )
+            return self._finish(job)
+
     def _next_name(self) -> str:
         self._num_calls += 1
+        return self._name
+
+    @property
+    def _name(self) -> str:
         return f"offline-{self._num_calls}"
 
     def _progress(self, num_prompts: int, *, use_tqdm: bool) -> Any:

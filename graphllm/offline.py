@@ -12,19 +12,14 @@ import signal
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from graphllm.engine.engine import Engine
 from graphllm.engine.sink import Sink
 from graphllm.errors import GraphLLMError, InvalidRequestError
-from graphllm.outputs import (
-    CompletionOutput,
-    EmbeddingOutput,
-    EmbeddingRequestOutput,
-    RequestOutput,
-    SequenceDelta,
-    l2_normalized,
-)
+from graphllm.models.pooled_texts import TextEncoder
+from graphllm.outputs import CompletionOutput, RequestOutput, SequenceDelta
 from graphllm.sampling_params import SamplingParams
 
 Prompt = str | Mapping[str, Any]
@@ -125,11 +120,14 @@ class OfflineJob(ABC, Generic[Output]):
                 raise InvalidRequestError("prompt_token_ids must be integers.", param="prompt_token_ids")
         else:
             text = entry if isinstance(entry, str) else entry["prompt"]
-            token_ids = self._engine.tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
+            token_ids = self._encode(text)
         request_id, params = self._request_id(position), self._params[position]
         sink = self._new_sink(position, text, prompt_token_ids=token_ids)
         lora = self._loras[position]
         self._engine.add(request_id, token_ids, params=params, sink=sink, pooling=self.pooling, lora=lora)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._engine.tokenizer.encode(text, add_special_tokens=self._add_special_tokens)
 
     @abstractmethod
     def _new_sink(self, position: int, prompt: str | None, *, prompt_token_ids: list[int]) -> Sink:
@@ -164,8 +162,18 @@ class GenerateJob(OfflineJob[RequestOutput]):
         return _CollectingSink(self, position, output)
 
 
-class EmbedJob(OfflineJob[EmbeddingRequestOutput]):
-    """Embeds each prompt; with `normalizes` every vector has length 1."""
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """What came of one prompt: [output_size] float32."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    result: array[float]
+
+
+class PoolJob(OfflineJob[Pooled]):
+    """Pools each prompt. encoder: of its text."""
 
     pooling = True
 
@@ -176,28 +184,25 @@ class EmbedJob(OfflineJob[EmbeddingRequestOutput]):
         *,
         prompts: list[Prompt],
         loras: list[str | None],
-        normalizes: bool,
+        encoder: TextEncoder,
         bar: Any,
     ) -> None:
         params = [SamplingParams(max_tokens=0)] * len(prompts)
         super().__init__(
             engine, name, prompts=prompts, params=params, loras=loras, add_special_tokens=True, bar=bar
         )
-        self._normalizes = normalizes
+        self._encoder = encoder
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encoder.ids(text)
 
     def _new_sink(self, position: int, prompt: str | None, *, prompt_token_ids: list[int]) -> Sink:
-        return _EmbeddingSink(self, position, prompt, prompt_token_ids=prompt_token_ids)
+        return _PoolingSink(self, position, prompt, prompt_token_ids=prompt_token_ids)
 
-    def finish_embedding(
-        self, position: int, prompt: str | None, *, prompt_token_ids: list[int], embedding: array[float]
+    def finish_prompt(
+        self, position: int, prompt: str | None, *, prompt_token_ids: list[int], result: array[float]
     ) -> None:
-        vector = l2_normalized(embedding) if self._normalizes else embedding
-        self.finish(
-            position,
-            EmbeddingRequestOutput(
-                self._request_id(position), prompt, prompt_token_ids, EmbeddingOutput(vector.tolist())
-            ),
-        )
+        self.finish(position, Pooled(self._request_id(position), prompt, prompt_token_ids, result))
 
 
 class _CollectingSink:
@@ -234,31 +239,28 @@ class _CollectingSink:
         self._job.fail(error)
 
 
-class _EmbeddingSink:
-    """Waits for one prompt's hidden state."""
+class _PoolingSink:
+    """Waits for one prompt's result."""
 
     def __init__(
-        self, job: EmbedJob, position: int, prompt: str | None, *, prompt_token_ids: list[int]
+        self, job: PoolJob, position: int, prompt: str | None, *, prompt_token_ids: list[int]
     ) -> None:
         self._job = job
         self._position = position
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
-        self._embedding: array[float] | None = None
+        self._result: array[float] | None = None
 
     def write(self, delta: SequenceDelta) -> None:
-        self._embedding = delta.embedding
+        self._result = delta.pooled
 
     def flush(self) -> None:
         """Nobody reads before the end."""
 
     def finish(self) -> None:
-        assert self._embedding is not None, "pooling answers with a hidden state"
-        self._job.finish_embedding(
-            self._position,
-            self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
-            embedding=self._embedding,
+        assert self._result is not None, "pooling answers with a result"
+        self._job.finish_prompt(
+            self._position, self._prompt, prompt_token_ids=self._prompt_token_ids, result=self._result
         )
 
     def fail(self, error: GraphLLMError) -> None:

@@ -109,8 +109,8 @@ class SequenceDelta:
     `stop_reason` is the stop string or stop token id that matched; None for the end-of-text token.
     `num_cached_tokens` of the request's prompt were in the prefix cache and not computed.
     `prompt_logprobs` comes, whole, with the first delta of sequence 0 of a request that asked for it.
-    `embedding` is the answer to a pooling request, [hidden_size] float32: the hidden state of the prompt's
-    last token behind the model's last norm.
+    `pooled` is the answer to a pooling request, [output_size] float32: what the model makes of the prompt's
+    hidden states behind its last norm; of a model that generates, that of the last token.
     """
 
     index: int
@@ -121,7 +121,7 @@ class SequenceDelta:
     stop_reason: str | int | None
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
-    embedding: array[float] | None = None
+    pooled: array[float] | None = None
 
 
 @dataclass(slots=True)
@@ -163,6 +163,41 @@ class EmbeddingRequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: EmbeddingOutput
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How well a pair of texts goes together."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """One scored pair (offline API; the shape vLLM users know)."""
+
+    request_id: str
+    outputs: ScoringOutput
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOutput:
+    """How likely each label of a text is; label: the likeliest."""
+
+    probs: list[float]
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationRequestOutput:
+    """One classified text (offline API; the shape vLLM users know)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: ClassificationOutput
     finished: bool = True
 
 

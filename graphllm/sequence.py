@@ -149,9 +149,11 @@ class SequenceGroup:
     `seed` is the request's own or one drawn at admission. `max_total_tokens` bounds prompt and
     output together, from `max_tokens` and the context. `cache_salt` keeps its blocks from requests with
     another salt; `skips_prefix_lookup` is for those that need something computed at every position.
-    A lower `priority` runs earlier; `order` numbers arrivals, given by the scheduler. With `pooling` the
-    hidden state of the prompt's last token is the answer. `adapter` changes the model for this request, which
-    holds it until `forget`. `prompt_logprobs`: where the prompt's logprobs
+    A lower `priority` runs earlier; `order` numbers arrivals, given by the scheduler. With `pooling` what
+    becomes of the prompt's hidden states is the answer; `keeps_device_state` while it is computed, beside its
+    blocks: a sequence that gives way then begins anew. `in_one_step`: its prompt cannot be computed in parts;
+    the limits of a step hold it. `adapter` changes the model for this request, which holds it until `forget`.
+    `prompt_logprobs`: where the prompt's logprobs
     are gathered that `params` ask for, which no cached block can give.
     """
 
@@ -159,6 +161,8 @@ class SequenceGroup:
         "adapter",
         "arrival_time",
         "cache_salt",
+        "in_one_step",
+        "keeps_device_state",
         "max_total_tokens",
         "order",
         "params",
@@ -186,6 +190,8 @@ class SequenceGroup:
         skips_prefix_lookup: bool = False,
         priority: int = 0,
         pooling: bool = False,
+        keeps_device_state: bool = False,
+        in_one_step: bool = False,
         adapter: Adapter | None = None,
     ) -> None:
         self.request_id = request_id
@@ -201,6 +207,8 @@ class SequenceGroup:
         self.skips_prefix_lookup = skips_prefix_lookup or params.prompt_logprobs is not None
         self.priority = priority
         self.pooling = pooling
+        self.keeps_device_state = keeps_device_state
+        self.in_one_step = in_one_step
         self.adapter = adapter
         if adapter is not None:
             adapter.retain()

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 from graphllm.engine.sink import Sink
 from graphllm.errors import ContextLengthError, GraphLLMError
+from graphllm.models.pooling import PoolingConfig
 from graphllm.sampling_params import SamplingParams
+
+GENERATING = PoolingConfig(purpose="generate", method="last", hidden_size=4)
 
 
 @dataclass(slots=True)
@@ -38,6 +41,10 @@ class FakeEngine:
     tokenizer: FakeTokenizer | None = None
     max_model_len: int = 100
     adapters: tuple[str, ...] = ()
+    pooling: PoolingConfig = GENERATING
+
+    def check_generates(self) -> None:
+        """It always does."""
 
     def check_ready(self) -> None:
         """It always is."""
@@ -80,6 +87,7 @@ class FakeTokenizer:
         self._seconds_per_text = seconds_per_text
         self.vocab_size = len(tokens)
         self.special_token_ids = special
+        self.appended_eos_id = None
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None, param: str = ""

@@ -24,6 +24,7 @@ OTHER_VALUES = {
     "block_size": ("32", 32),
     "cpu_threads": ("3", 3),
     "cudagraph_capture_sizes": ("1,2,4", (1, 2, 4)),
+    "matryoshka_dimensions": ("64,32", (64, 32)),
     "device": ("cpu", "cpu"),
     "drain_timeout": ("1.5", 1.5),
     "dtype": ("bfloat16", "bfloat16"),

@@ -23,11 +23,14 @@ from graphllm.server.anthropic.known_fields import COUNT_FIELDS, MESSAGES_FIELDS
 from graphllm.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from graphllm.server.generation.fields import KnownField
 from graphllm.server.openai.chat_protocol import ChatCompletionRequest
+from graphllm.server.openai.classification import CLASSIFY_FIELDS, ClassifyRequest
 from graphllm.server.openai.completion_protocol import CompletionRequest
 from graphllm.server.openai.embeddings import EMBEDDING_FIELDS, EmbeddingRequest
 from graphllm.server.openai.known_fields import CHAT_FIELDS, COMPLETION_FIELDS
+from graphllm.server.openai.rerank import RERANK_FIELDS, RerankRequest
 from graphllm.server.openai.responses.known_fields import RESPONSES_FIELDS
 from graphllm.server.openai.responses.protocol import ResponsesRequest
+from graphllm.server.openai.scores import SCORE_FIELDS, ScoreRequest
 from graphllm.server.openai.tokenization import (
     DETOKENIZE_FIELDS,
     TOKENIZE_FIELDS,
@@ -84,6 +87,9 @@ ENDPOINTS = (
     Endpoint("messages", "POST /v1/messages", MessagesRequest, MESSAGES_FIELDS),
     Endpoint("count_tokens", "POST /v1/messages/count_tokens", CountTokensRequest, COUNT_FIELDS),
     Endpoint("embeddings", "POST /v1/embeddings", EmbeddingRequest, EMBEDDING_FIELDS),
+    Endpoint("score", "POST /v1/score", ScoreRequest, SCORE_FIELDS),
+    Endpoint("rerank", "POST /v1/rerank", RerankRequest, RERANK_FIELDS),
+    Endpoint("classify", "POST /v1/classify", ClassifyRequest, CLASSIFY_FIELDS),
     Endpoint("tokenize", "POST /tokenize", TokenizeRequest, TOKENIZE_FIELDS),
     Endpoint("detokenize", "POST /detokenize", DetokenizeRequest, DETOKENIZE_FIELDS),
 )

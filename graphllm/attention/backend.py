@@ -119,8 +119,9 @@ class AttentionSpec:
     """The mathematics of one layer's attention.
 
     scale multiplies q.k; sliding_window None means full. softcap c turns a score s into c tanh(s / c)
-    (Gemma 2, arXiv:2408.00118); None leaves it. Learned sinks are a layer's weights, not a number, and
-    are passed to `forward`.
+    (Gemma 2, arXiv:2408.00118); None leaves it. Without is_causal a query sees the whole context, or what
+    lies nearer than sliding_window on either side; every row is then a whole prompt. Learned sinks are a
+    layer's weights, not a number, and are passed to `forward`.
     """
 
     num_heads: int
@@ -129,6 +130,7 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+    is_causal: bool = True
 
 
 @dataclass(frozen=True, slots=True)

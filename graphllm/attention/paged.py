@@ -100,6 +100,7 @@ class PagedAttention:
                 scale=spec.scale,
                 sliding_window=spec.sliding_window,
                 softcap=spec.softcap,
+                is_causal=spec.is_causal,
                 sinks=sinks,
                 slopes=slopes,
                 key_scale=layer_cache.key_scale,
@@ -117,7 +118,12 @@ class PagedAttention:
         inputs: AttentionInputs,
     ) -> torch.Tensor:
         """One group's rows. query: [num_rows * query_len, num_heads, head_dim]; returns the same shape."""
-        group = group.within(spec.sliding_window)
+        if spec.is_causal:
+            group = group.within(spec.sliding_window)
+            mask = group.mask(spec.sliding_window, query.dtype)
+            is_causal = group.is_causal(spec.sliding_window)
+        else:
+            mask, is_causal = group.band(spec.sliding_window, query.dtype), False
         slots = group.slots(inputs, layer_cache.group, block_size=self.block_size)
         num_tokens, width = len(slots), spec.num_kv_heads * spec.head_dim
         is_scaled = layer_cache.key_scale is not None
@@ -127,8 +133,8 @@ class PagedAttention:
             layer_cache.key,
             layer_cache.value,
             slots=slots,
-            mask=group.mask(spec.sliding_window, query.dtype),
-            is_causal=group.is_causal(spec.sliding_window),
+            mask=mask,
+            is_causal=is_causal,
             scale=spec.scale,
             scratch=(
                 self._take_scratch("keys", num_tokens * width, dtype=scratch_dtype),

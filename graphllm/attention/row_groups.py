@@ -106,6 +106,21 @@ class RowGroup:
             self._masks[sliding_window] = mask[:, None]
         return self._masks[sliding_window]
 
+    def band(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask of queries that see what lies nearer than the window on either side.
+
+        [1, 1, query_len, max_context] of `dtype`; None where they see all. Every row is a whole prompt.
+        """
+        assert self.query_len == self.max_context and not self.is_padded, "whole prompts only"
+        if sliding_window is None or sliding_window >= self.max_context:
+            return None
+        if sliding_window not in self._masks:
+            positions = torch.arange(self.max_context)
+            hidden = (positions - positions[:, None]).abs() >= sliding_window
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            self._masks[sliding_window] = mask[None, None]
+        return self._masks[sliding_window]
+
 
 def group_rows(inputs: AttentionInputs, *, num_decode_rows: int) -> list[RowGroup]:
     """Group a step's rows: decode rows by length, each prefill row by itself. Reads the lengths."""

@@ -148,6 +148,7 @@ class TritonPagedAttention:
             num_multiprocessors=self._num_multiprocessors,
             sliding_window=spec.sliding_window,
             softcap=spec.softcap,
+            is_causal=spec.is_causal,
             sinks=sinks,
             slopes=slopes,
             key_scale=layer_cache.key_scale,

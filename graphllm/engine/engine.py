@@ -35,6 +35,7 @@ from graphllm.errors import (
     InvalidRequestError,
     NotFoundError,
 )
+from graphllm.models.pooling import PoolingConfig
 from graphllm.outputs import SequenceDelta
 from graphllm.runner.compilation import CompilationWatch
 from graphllm.runner.device import Device, open_device
@@ -158,6 +159,24 @@ class Engine:
         }
         raise EngineUnavailableError(reasons[self.state])
 
+    def check_generates(self) -> None:
+        """Raise InvalidRequestError for a model that was published for something else."""
+        purpose = self.pooling.purpose
+        if purpose == "embed":
+            raise InvalidRequestError(
+                "This model is for embeddings and generates no text; use /v1/embeddings.", param="model"
+            )
+        if purpose == "score":
+            raise InvalidRequestError(
+                "This model is for scores and generates no text; use /v1/score, /v1/rerank or /v1/classify.",
+                param="model",
+            )
+
+    @property
+    def pooling(self) -> PoolingConfig:
+        """What the model is for, and what becomes of the hidden states of a pooling request."""
+        return self._loaded.model.pooling
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._loaded.model.tokenizer
@@ -195,16 +214,19 @@ class Engine:
         A lower `priority` runs earlier, and gives way later when memory is short; equal ones take turns by
         arrival.
         With max_tokens 0 the prompt is computed, and scored if prompt_logprobs ask for it, and nothing is
-        generated. With `pooling`, which needs max_tokens 0 and n 1, the answer is the hidden state of the
-        prompt's last token.
+        generated. With `pooling`, which needs max_tokens 0 and n 1, the answer is what `self.pooling` makes
+        of the prompt's hidden states; scores come as logits.
         `lora` is the name of a loaded adapter, None for the base model.
         A request whose grammar takes long to compile waits for it: what is wrong with the grammar then
         reaches the sink, as InvalidRequestError.
 
-        Raises InvalidRequestError (token ids, lengths, grammars), ModelNotFoundError (the adapter),
+        Raises InvalidRequestError (token ids, lengths, grammars, what the model is not for),
+        ModelNotFoundError (the adapter),
         EngineUnavailableError.
         """
         self.check_ready()
+        if not pooling:
+            self.check_generates()
         if pooling and (params.max_tokens != 0 or params.n != 1):
             raise InvalidRequestError(
                 "Pooling generates nothing: max_tokens must be 0, and n 1.", param="max_tokens"
@@ -277,8 +299,13 @@ class Engine:
         pooling: bool = False,
         lora: str | None = None,
     ) -> None:
+        model = self._loaded.model
+        if not (pooling or model.is_causal):
+            raise InvalidRequestError(
+                "This model computes whole texts only; it has no prefixes.", param="model"
+            )
         max_total_tokens = self._check_lengths(prompt_token_ids, params)
-        constraint_of = self._loaded.model.constraints.build(params) if params.max_tokens != 0 else None
+        constraint_of = model.constraints.build(params) if params.max_tokens != 0 else None
         group = SequenceGroup(
             request_id,
             prompt_token_ids,
@@ -288,7 +315,10 @@ class Engine:
             arrival_time=time.perf_counter(),
             cache_salt=cache_salt or self.default_cache_salt,
             priority=priority,
+            skips_prefix_lookup=pooling and model.pooling.needs_all_tokens,
             pooling=pooling,
+            keeps_device_state=pooling and model.pooling.needs_all_tokens,
+            in_one_step=not model.is_causal,
             adapter=None if lora is None else self.adapters.find(lora),
         )
         if isinstance(constraint_of, PendingConstraints):
@@ -342,10 +372,12 @@ class Engine:
         """Run one request, so that the first user meets no first-time cost. Raises StepFailedError."""
         waiter = _Waiter()
         length = max(1, min(32, self.max_model_len - 4))
-        params = SamplingParams(max_tokens=min(3, self.max_model_len - length), ignore_eos=True, seed=0)
+        pools = self.pooling.purpose != "generate"
+        num_new = 0 if pools else min(3, self.max_model_len - length)
+        params = SamplingParams(max_tokens=num_new, ignore_eos=True, seed=0)
         prompt = [index % step_loop.model.vocab_size for index in range(length)]
         # A salt of its own: no user's request is to begin with it.
-        self._add("warm-up", prompt, params, waiter, "warm-up")
+        self._add("warm-up", prompt, params, waiter, "warm-up", pooling=pools)
         await waiter.ended
 
     async def _pin_files(self, prefixes: PinnedPrefixes) -> None:

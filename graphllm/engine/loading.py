@@ -21,6 +21,7 @@ from graphllm.config import EngineConfig
 from graphllm.engine.adapters import AdapterRegistry
 from graphllm.engine.constraints import ConstraintBuilder, StructuredCompiler
 from graphllm.engine.measured_rates import MeasuredRates
+from graphllm.engine.pooling_limits import limits_of_purpose, with_sizes
 from graphllm.engine.progress import progress_bar
 from graphllm.errors import CheckpointError, ConfigError
 from graphllm.layers.lora import AdapterMemory
@@ -29,6 +30,7 @@ from graphllm.models.checkpoint import open_model, resolve_model
 from graphllm.models.config import resolve_dtype
 from graphllm.models.decoder import Decoder
 from graphllm.models.family import Family
+from graphllm.models.pooling import PoolingConfig, load_pooler, read_pooling
 from graphllm.models.quantization import read_quantization, refuse_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.models.served import ServedModel
@@ -69,6 +71,8 @@ class LoadedModel:
     swapper: BlockSwapper
     rates: MeasuredRates
     constraints: ConstraintBuilder
+    pooling: PoolingConfig
+    is_causal: bool
     vocab_size: int
     adapter_memory: AdapterMemory | None
     adapters: AdapterRegistry | None
@@ -86,7 +90,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         checkpoint, model_impl=config.model_impl, trust_remote_code=config.trust_remote_code
     )
     torch_device = device.torch_device
-    quantization = ""
+    quantization, family = "", None
     if fallback is None:
         family = find_family(checkpoint)
         model_config = read_model_config(checkpoint, family)
@@ -100,6 +104,8 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             raise ConfigError(
                 "--enable-lora needs a model that graphllm computes itself; transformers computes this one."
             )
+    pooling = with_sizes(read_pooling(checkpoint, family, model_config), config.matryoshka_dimensions)
+    model_config, config = limits_of_purpose(config, model_config, pooling, device_type=torch_device.type)
     captures = not config.enforce_eager
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type=torch_device.type)
     limits = plan_limits(
@@ -135,11 +141,12 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
                 module = fallback.load(backend=backend, device=torch_device, dtype=dtype, progress=advance)
                 captures = captures and device.graphs is not None and _may_be_captured(module)
                 model = module
+            pooler = load_pooler(checkpoint, pooling, tokenizer=tokenizer, device=torch_device)
         if ahead is not None:
             ahead.wait()
     with memory_errors_explained("intermediates, tables and the KV cache"):
         if device.graphs is None:
-            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            parts = assemble_step(config, limits, device, model=model, arena=arena, pooler=pooler)
             plan = plan_memory(
                 config,
                 kv_shape,
@@ -150,7 +157,7 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
         else:
             device.graphs.trim()
             free_after_weights = device.graphs.free_bytes()
-            parts = assemble_step(config, limits, device, model=model, arena=arena)
+            parts = assemble_step(config, limits, device, model=model, arena=arena, pooler=pooler)
             measured = measure_largest_step(parts, kv_shape, graphs_enabled=captures)
             graph_bytes = measured.graph_bytes
             memory = DeviceMemory(
@@ -207,6 +214,8 @@ def load(config: EngineConfig, device: Device, *, show_progress: bool) -> Loaded
             eos_token_ids=eos_token_ids,
             compiler=_build_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
+        pooling=pooling,
+        is_causal=model_config.is_causal,
         vocab_size=model_config.vocab_size,
         adapter_memory=parts.adapters,
         adapters=_build_registry(config, model, family, memory=parts.adapters, device=device),

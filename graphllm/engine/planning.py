@@ -15,11 +15,13 @@ import torch
 
 from graphllm.cache.kv_cache import KVCacheShape, resolve_kv_dtype
 from graphllm.config import EngineConfig, PlanConfig, card_capability, parse_card
+from graphllm.engine.pooling_limits import limits_of_purpose
 from graphllm.errors import ConfigError
 from graphllm.models.checkpoint import resolve_model
 from graphllm.models.config import ModelConfig, resolve_dtype
 from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.fallback_choice import refuse_without_weights
+from graphllm.models.pooling import read_pooling
 from graphllm.models.quantization import read_quantization
 from graphllm.models.registry import find_family, read_model_config
 from graphllm.runner.memory_estimate import (
@@ -135,7 +137,10 @@ def plan_capacity(config: EngineConfig, plan_config: PlanConfig) -> CapacityPlan
     refuse_without_weights(
         checkpoint, model_impl=config.model_impl, what="`graphllm plan` knows the memory of"
     )
-    model_config = read_model_config(checkpoint, find_family(checkpoint))
+    family = find_family(checkpoint)
+    model_config = read_model_config(checkpoint, family)
+    pooling = read_pooling(checkpoint, family, model_config)
+    model_config, config = limits_of_purpose(config, model_config, pooling, device_type="cuda")
     dtype = resolve_dtype(config.dtype, model_config.dtype, device_type="cuda")
     limits = plan_limits(config, model_context=model_config.max_position_embeddings, device_type="cuda")
     kv_shape = model_config.kv_cache_shape(

@@ -66,7 +66,7 @@ class _Entry:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     is_text: bool
-    embedding: array[float] | None
+    pooled: array[float] | None
 
 
 class Publisher:
@@ -112,7 +112,7 @@ class Publisher:
                 sequence.finish_reason,
                 sequence.stop_reason,
                 completes or sequence.finish_reason is not FinishReason.STOP,
-                applied.embedding,
+                applied.pooled,
             )
         )
 
@@ -189,7 +189,7 @@ class Publisher:
                 stop_reason,
                 entry.request.group.sequences[0].num_cached_tokens,
                 prompt_logprobs,
-                entry.embedding,
+                entry.pooled,
             )
         )
         return True

@@ -37,7 +37,7 @@ GRANULE = 64
 """Tokens in a granule of decode work."""
 ENTRY_FIELDS = 8
 CUT_FIELDS = 4
-ITEM_FIELDS = 4
+ITEM_FIELDS = 5
 
 _NO_WINDOW = 2**31 - 1
 # Entries that one program of a list's kernel writes.
@@ -63,10 +63,10 @@ class DecodeWorkList:
 
 @dataclass(frozen=True, slots=True)
 class PrefillWorkList:
-    """items: [max_items, 4] int32, num_items: [1] int32, contiguous, on the device.
+    """items: [max_items, 5] int32, num_items: [1] int32, contiguous, on the device.
 
-    An item is (first token, number of queries, position of the first query, slot). What stands behind the
-    first num_items items is not defined.
+    An item is (first token, number of queries, position of the first query, slot, tokens of the row's whole
+    context). What stands behind the first num_items items is not defined.
     """
 
     items: Tensor
@@ -274,7 +274,8 @@ def prefill_work_list_ref(
         for first in range(0, query_len if query_len > 1 else 0, out.query_tile):
             num_queries = min(out.query_tile, query_len - first)
             position = context_len - query_len + first
-            item = [int(query_starts[row]) + first, num_queries, position, int(row_slots[row])]
+            token, slot = int(query_starts[row]) + first, int(row_slots[row])
+            item = [token, num_queries, position, slot, context_len]
             items.append((-(position + num_queries), row, item))
     if items:
         out.items[: len(items)] = torch.tensor([item for _, _, item in sorted(items)], dtype=torch.int32)
@@ -333,6 +334,7 @@ def _prefill_work_list_kernel(
     tl.store(to + 1, num_queries, mask=is_item)
     tl.store(to + 2, row_cached + first, mask=is_item)
     tl.store(to + 3, slot, mask=is_item)
+    tl.store(to + 4, row_cached + row_queries, mask=is_item)
 
 
 def prefill_work_list(

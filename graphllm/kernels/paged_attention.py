@@ -1,9 +1,10 @@
-"""Causal attention over a paged KV cache, for a batch that mixes decode rows and prefill rows.
+"""Attention over a paged KV cache, for a batch that mixes decode rows and prefill rows.
 
 A row r has context_len L tokens in its cache blocks, of which the last n = query_len are this step's
 queries. For query j (at position p = L - n + j), head h, and its key/value head g = h // (H / H_kv):
 
     visible(i) = i <= p, and i > p - sliding_window where there is a window
+                 all i < L without causality, where n = L; |i - p| < sliding_window where there is a window
     score_i    = cap(scale * q_{j,h} . k_{i,g}) + slope_h * i   for visible i; no slopes, no second term
     cap(s)     = c tanh(s / c), or s without softcap
     weight_i   = exp(score_i) / (sum_i' exp(score_i') + exp(sink_h)), in float32; no sink, no second term
@@ -44,6 +45,7 @@ def paged_attention_ref(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool = True,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
@@ -73,8 +75,13 @@ def paged_attention_ref(
             scores = softcap * torch.tanh(scores / softcap)
         if slopes is not None:
             scores = scores + slopes.float().view(num_kv_heads, -1, 1, 1) * positions
+        assert is_causal or query_len == context_len, "without causality rows are whole prompts"
         query_positions = torch.arange(context_len - query_len, context_len, device=query.device)[:, None]
         visible = positions <= query_positions  # [query_len, num_keys] bool
+        if not is_causal:
+            visible = torch.ones_like(visible)
+            if sliding_window is not None:
+                visible &= positions < query_positions + sliding_window
         if sliding_window is not None:
             visible &= positions > query_positions - sliding_window
         scores = scores.masked_fill(~visible, -torch.inf)

@@ -73,7 +73,7 @@ def paged_latent_prefill_ref(
     out: Tensor,
 ) -> Tensor:
     """Each item as a row of its own; arguments as in `paged_latent_prefill`."""
-    for token, num_queries, position, slot in work.items[: int(work.num_items)].tolist():
+    for token, num_queries, position, slot, _ in work.items[: int(work.num_items)].tolist():
         tokens = slice(token, token + num_queries)
         out[tokens] = paged_latent_attention_ref(
             query[tokens],

@@ -5,7 +5,8 @@ each item of a prefill work list (see attention_work_list.py: consecutive querie
 p to p + n - 1) and each KV head, the query heads of that KV head and the item's queries fill the rows of one
 tile, query by query: so a short chunk still fills it, keys and values are read once for the group, and
 little of the causal triangle's edge is wasted. Key tiles between the window's left edge and p are seen by all
-queries of the item and need no mask; tiles that nobody sees are not visited.
+queries of the item and need no mask; tiles that nobody sees are not visited. Without causality all tiles of
+the row are seen, or those between the window's edges on both sides.
 
 A fixed number of programs takes the (item, KV head) pairs, the longest first, forth in one round and back
 in the next, which keeps their sums alike without a counter, and the launch the same for any batch.
@@ -103,14 +104,17 @@ def paged_prefill_attention_ref(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool = True,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
-    """Each item as a row of its own; arguments as in `paged_prefill_attention`."""
-    for token, num_queries, position, slot in work.items[: int(work.num_items)].tolist():
+    """Each item as a row of its own, or without causality each row; arguments as below."""
+    for token, num_queries, position, slot, context_len in work.items[: int(work.num_items)].tolist():
+        if not is_causal:
+            token, num_queries, position = token - position, context_len, 0
         tokens = slice(token, token + num_queries)
         out[tokens] = paged_attention_ref(
             query[tokens],
@@ -123,6 +127,7 @@ def paged_prefill_attention_ref(
             scale=scale,
             sliding_window=sliding_window,
             softcap=softcap,
+            is_causal=is_causal,
             sinks=sinks,
             slopes=slopes,
             key_scale=key_scale,
@@ -151,6 +156,7 @@ def _attend_range(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -167,6 +173,10 @@ def _attend_range(
         if IS_MASKED:
             is_inside = positions < length
         is_visible = positions[None, :] <= query_positions[:, None]
+        if not IS_CAUSAL:
+            is_visible = is_inside[None, :] & (query_positions >= 0)[:, None]
+            if WINDOW > 0:
+                is_visible = is_visible & (positions[None, :] < query_positions[:, None] + WINDOW)
         if WINDOW > 0:
             is_visible = is_visible & (positions[None, :] > query_positions[:, None] - WINDOW)
         accumulator, total, maximum = attend_tile(
@@ -213,6 +223,7 @@ def _paged_prefill_attention_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     IS_SCALED: tl.constexpr,
@@ -262,7 +273,7 @@ def _paged_prefill_attention_kernel(
             length = first_position + num_queries
             begin = 0
             unmasked = 0
-            if WINDOW > 0:
+            if WINDOW > 0 and IS_CAUSAL:
                 # The first key that the first query sees, and the first tile that the last query sees whole.
                 begin = tl.maximum(first_position + 1 - WINDOW, 0)
                 unmasked = begin + tl.cdiv(tl.maximum(length - WINDOW - begin, 0), KEY_TILE) * KEY_TILE
@@ -286,6 +297,7 @@ def _paged_prefill_attention_kernel(
                     SCALE,
                     SOFTCAP,
                     WINDOW,
+                    IS_CAUSAL,
                     HAS_SLOPES,
                     IS_SCALED,
                     NUM_KV_HEADS,
@@ -296,6 +308,14 @@ def _paged_prefill_attention_kernel(
                     True,
                 )
             masked = begin + (first_position + 1 - begin) // KEY_TILE * KEY_TILE
+            if not IS_CAUSAL:
+                last_seen = length + WINDOW - 1
+                length = tl.load(record + 4)
+                masked = length // KEY_TILE * KEY_TILE
+                if WINDOW > 0:
+                    unmasked = tl.maximum(first_position + 1 - WINDOW, 0)
+                    masked = unmasked
+                    length = tl.minimum(length, last_seen)
             masked = tl.maximum(masked, unmasked)
             accumulator, total, maximum = _attend_range(
                 queries,
@@ -316,6 +336,7 @@ def _paged_prefill_attention_kernel(
                 SCALE,
                 SOFTCAP,
                 WINDOW,
+                IS_CAUSAL,
                 HAS_SLOPES,
                 IS_SCALED,
                 NUM_KV_HEADS,
@@ -344,6 +365,7 @@ def _paged_prefill_attention_kernel(
                 SCALE,
                 SOFTCAP,
                 WINDOW,
+                IS_CAUSAL,
                 HAS_SLOPES,
                 IS_SCALED,
                 NUM_KV_HEADS,
@@ -371,6 +393,7 @@ def paged_prefill_attention(
     num_multiprocessors: int,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool = True,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     key_scale: Tensor | None = None,
@@ -382,7 +405,8 @@ def paged_prefill_attention(
     query: [num_tokens, num_heads, head_dim], heads and their dimensions contiguous, num_heads a multiple of
     num_kv_heads; caches: [num_blocks, block_size, num_kv_heads, head_dim], contiguous; block_tables:
     [num_slots, max_blocks] int32; work: with `queries_per_item` of this shape's `prefill_config`; scale:
-    positive; sinks, slopes: [num_heads] float32, not both; key_scale, value_scale: [num_blocks, block_size,
+    positive; is_causal: False for rows that are whole prompts and see all of themselves, without slopes;
+    sinks, slopes: [num_heads] float32, not both; key_scale, value_scale: [num_blocks, block_size,
     num_kv_heads] float32 for caches in 8 bits; out: [num_tokens, num_heads, head_dim], contiguous.
     """
     if not runs_triton(query):
@@ -395,6 +419,7 @@ def paged_prefill_attention(
             scale=scale,
             sliding_window=sliding_window,
             softcap=softcap,
+            is_causal=is_causal,
             sinks=sinks,
             slopes=slopes,
             key_scale=key_scale,
@@ -414,6 +439,7 @@ def paged_prefill_attention(
     assert (
         scale > 0
         and (sinks is None or slopes is None)
+        and (is_causal or slopes is None)
         and query.stride()[1:] == (head_dim, 1)
         and out.is_contiguous()
         and block_tables.stride(1) == 1
@@ -439,6 +465,7 @@ def paged_prefill_attention(
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
         WINDOW=sliding_window or 0,
+        IS_CAUSAL=is_causal,
         HAS_SINKS=sinks is not None,
         HAS_SLOPES=slopes is not None,
         IS_SCALED=key_scale is not None,

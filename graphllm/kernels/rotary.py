@@ -8,6 +8,13 @@ the angle a_i = position * inverse_frequency_i:
 
 Interleaved, the two are dimensions 2i and 2i + 1. Dimensions of a head from rotary_dim on stay as they are.
 
+Some models sharpen attention with the distance from the text's beginning (Llama 4's code, after Nakanishi,
+2025, arXiv:2501.19399): a whole query head at a position is multiplied by
+
+    1 + growth * ln(1 + floor(position / interval))
+
+which costs nothing where queries turn by cosines and sines of their own, scaled by it.
+
 Owns the tables of one step's angles, which all layers share, and what a turn is. On a device the turn
 happens in `rotary_cache_write.py`; which frequencies a model has is `layers/rotary.py`'s.
 """
@@ -15,6 +22,7 @@ happens in `rotary_cache_write.py`; which frequencies a model has is `layers/rot
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -37,7 +45,7 @@ def rotary_ref(heads: Tensor, tables: Tensor, *, is_interleaved: bool = False) -
     """Turn heads by their tokens' angles, in place.
 
     heads: [num_tokens, num_heads, head_dim], query and key heads alike, any strides; tables: [2,
-    num_tokens, rotary_dim] of heads' dtype, from `rotary_tables`, rotary_dim <= head_dim.
+    num_tokens, rotary_dim] of heads' dtype, two of `rotary_tables`', rotary_dim <= head_dim.
     """
     rotary_dim = tables.shape[-1]
     turned = heads[..., :rotary_dim]
@@ -53,21 +61,48 @@ def rotary_ref(heads: Tensor, tables: Tensor, *, is_interleaved: bool = False) -
     odd.mul_(cos).addcmul_(before, sin)
 
 
-def rotary_tables_ref(positions: Tensor, inverse_frequencies: Tensor, *, scale: float, out: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryGrowth:
+    """How queries grow with their position; see above. interval: in tokens."""
+
+    growth: float
+    interval: int
+
+    def __post_init__(self) -> None:
+        assert self.interval > 0
+
+    def factors(self, positions: Tensor) -> Tensor:
+        """[num_tokens] float32 for positions [num_tokens] int64."""
+        return 1.0 + self.growth * (1.0 + positions.div(self.interval, rounding_mode="floor")).log()
+
+
+def rotary_tables_ref(
+    positions: Tensor,
+    inverse_frequencies: Tensor,
+    *,
+    scale: float,
+    query_growth: QueryGrowth | None = None,
+    out: Tensor,
+) -> Tensor:
     """Cosines and signed sines for one step, to be shared by all layers.
 
     positions: [num_tokens] int64; inverse_frequencies: [rotary_dim / 2] float32; scale multiplies both
     (YaRN's attention factor). out: [2, num_tokens, rotary_dim], of any floating dtype: out[0] has the
     cosines, the same in both halves, and out[1] the sines, negated in the first half, so that a turn is
-    x * cos + swapped(x) * signed_sin. Angles, cosines and sines are float32, as the models were trained,
+    x * cos + swapped(x) * signed_sin. With query_growth it is [4, num_tokens, rotary_dim]: the last two are
+    for queries, the first two for keys. Angles, cosines and sines are float32, as the models were trained,
     and rounded at the end. Returns out.
     """
     half = inverse_frequencies.shape[0]
     angles = positions.float()[:, None] * inverse_frequencies  # [num_tokens, rotary_dim / 2]
     cos, sin = angles.cos().mul_(scale), angles.sin_().mul_(scale)
-    out[0].view(-1, 2, half).copy_(cos[:, None])
-    out[1, :, half:].copy_(sin)
-    out[1, :, :half].copy_(sin.neg_())
+    for first in range(0, len(out), 2):
+        if first and query_growth is not None:
+            factors = query_growth.factors(positions)[:, None]
+            cos, sin = cos * factors, sin * factors
+        out[first].view(-1, 2, half).copy_(cos[:, None])
+        out[first + 1, :, half:].copy_(sin)
+        out[first + 1, :, :half].copy_(-sin)
     return out
 
 
@@ -101,11 +136,14 @@ def _rotary_tables_kernel(
     out,
     num_tokens,
     SCALE: tl.constexpr,
+    GROWTH: tl.constexpr,
+    INTERVAL: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PADDED: tl.constexpr,
     ANGLES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """INTERVAL None: queries turn by the same tables as keys."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     angle = tl.program_id(0) * ANGLES + tl.arange(0, ANGLES)
     token, pair = angle // HALF_PADDED, angle % HALF_PADDED
@@ -117,22 +155,42 @@ def _rotary_tables_kernel(
     sin, cos = _sine_and_cosine(position.to(tl.float32) * frequency)
     sin, cos = sin * SCALE, cos * SCALE
     cos_row = out + token.to(tl.int64) * (2 * HALF)
-    sin_row = cos_row + num_tokens.to(tl.int64) * (2 * HALF)
+    table = num_tokens.to(tl.int64) * (2 * HALF)
     mask = (token < num_tokens) & (pair < HALF)
+    _store_turn(cos, sin, cos_row, pair, mask, table, HALF, DTYPE)
+    if INTERVAL is not None:
+        factor = 1.0 + GROWTH * tl.log(1.0 + (position // INTERVAL).to(tl.float32))
+        _store_turn(cos * factor, sin * factor, cos_row + 2 * table, pair, mask, table, HALF, DTYPE)
+
+
+@triton.jit
+def _store_turn(cos, sin, cos_row, pair, mask, table, HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """A table of cosines at cos_row, and one of signed sines `table` numbers behind it."""
+    sin_row = cos_row + table
     tl.store(cos_row + pair, cos.to(DTYPE), mask)
     tl.store(cos_row + HALF + pair, cos.to(DTYPE), mask)
     tl.store(sin_row + pair, (-sin).to(DTYPE), mask)
     tl.store(sin_row + HALF + pair, sin.to(DTYPE), mask)
 
 
-def rotary_tables(positions: Tensor, inverse_frequencies: Tensor, *, scale: float, out: Tensor) -> Tensor:
+def rotary_tables(
+    positions: Tensor,
+    inverse_frequencies: Tensor,
+    *,
+    scale: float,
+    query_growth: QueryGrowth | None = None,
+    out: Tensor,
+) -> Tensor:
     """See `rotary_tables_ref`; out contiguous. Exact to 2e-6 at positions of up to 131,072 times a
     frequency of at most 1, to 1e-5 at a million.
     """
     num_tokens, half = positions.shape[0], inverse_frequencies.shape[0]
-    assert out.shape == (2, num_tokens, 2 * half) and out.is_contiguous()
+    num_tables = 2 if query_growth is None else 4
+    assert out.shape == (num_tables, num_tokens, 2 * half) and out.is_contiguous()
     if not runs_triton(out):
-        return rotary_tables_ref(positions, inverse_frequencies, scale=scale, out=out)
+        return rotary_tables_ref(
+            positions, inverse_frequencies, scale=scale, query_growth=query_growth, out=out
+        )
     if num_tokens == 0:
         return out
     half_padded = triton.next_power_of_2(half)
@@ -143,6 +201,8 @@ def rotary_tables(positions: Tensor, inverse_frequencies: Tensor, *, scale: floa
         out,
         num_tokens,
         SCALE=scale,
+        GROWTH=None if query_growth is None else query_growth.growth,
+        INTERVAL=None if query_growth is None else query_growth.interval,
         HALF=half,
         HALF_PADDED=half_padded,
         ANGLES=_ANGLES_PER_PROGRAM,

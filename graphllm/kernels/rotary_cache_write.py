@@ -60,7 +60,8 @@ def rotary_cache_write_ref(
 
     qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: a token's query heads, key
     heads, value heads. Queries are changed in place; what is left where the keys were is not specified.
-    tables: [2, num_tokens, rotary_dim] of qkv's dtype, from `rotary_tables`; None leaves heads unturned.
+    tables: [2, num_tokens, rotary_dim] of qkv's dtype, from `rotary_tables`; None leaves heads unturned. With
+    [4, num_tokens, head_dim] the last two are the queries' and the first two the keys'.
     slot_mapping: [num_tokens] int64, no slot twice; -1 stores nothing.
     key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous. In an 8-bit
     format they come with key_scale, value_scale, [num_blocks, block_size, num_kv_heads] float32.
@@ -73,8 +74,11 @@ def rotary_cache_write_ref(
         for part, weight in ((query, query_norm), (key, key_norm)):
             rms_norm_ref(part, weight, eps=norm_eps, unit_offset=norm_unit_offset, out=part)
     if tables is not None:
-        # Query and key heads turn by the same angles: one call for both.
-        rotary_ref(heads.narrow(1, 0, num_heads + num_kv_heads), tables, is_interleaved=is_interleaved)
+        if len(tables) == 2:  # one call for both
+            rotary_ref(heads.narrow(1, 0, num_heads + num_kv_heads), tables, is_interleaved=is_interleaved)
+        else:
+            rotary_ref(query, tables[2:], is_interleaved=is_interleaved)
+            rotary_ref(key, tables[:2], is_interleaved=is_interleaved)
     # Outside of tests the CPU has no padding, and a mask would copy everything.
     if slot_mapping.min().item() < 0:
         is_stored = slot_mapping >= 0
@@ -185,6 +189,7 @@ def _rotary_cache_write_kernel(
     HALF: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr,
+    HAS_QUERY_TABLES: tl.constexpr,
     NORM_EPS: tl.constexpr,
     NORM_UNIT_OFFSET: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -232,6 +237,8 @@ def _rotary_cache_write_kernel(
         if tables is not None:
             # One half of each table says what the other does. Pairs that do not turn have an angle of 0.
             angles = token.to(tl.int64) * (2 * ROTARY_HALF) + pair
+            if HAS_QUERY_TABLES:
+                angles += tl.where(is_query, 2 * num_tokens.to(tl.int64) * (2 * ROTARY_HALF), 0)
             turns = mask
             if ROTARY_HALF < HALF:
                 turns = mask & (pair < ROTARY_HALF)
@@ -304,7 +311,11 @@ def rotary_cache_write(
     num_tokens, head_dim = qkv.shape[0], key_cache.shape[-1]
     assert qkv.shape == (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.is_contiguous()
     rotary_dim = head_dim if tables is None else tables.shape[-1]
-    assert tables is None or tables.shape[:2] == (2, num_tokens), "tables of another step"
+    has_query_tables = tables is not None and len(tables) == 4
+    assert tables is None or tables.shape[:2] == (4 if has_query_tables else 2, num_tokens), (
+        "tables of another step"
+    )
+    assert not has_query_tables or rotary_dim == head_dim, "what does not turn would not be scaled"
     assert rotary_dim <= head_dim and rotary_dim % 2 == 0
     assert (query_norm is None) == (key_norm is None), "query and key heads are both normalized, or neither"
     is_scaled = key_cache.dtype in LARGEST_STORED
@@ -348,6 +359,7 @@ def rotary_cache_write(
         HALF=head_dim // 2,
         ROTARY_HALF=rotary_dim // 2,
         IS_INTERLEAVED=is_interleaved,
+        HAS_QUERY_TABLES=has_query_tables,
         NORM_EPS=norm_eps,
         NORM_UNIT_OFFSET=norm_unit_offset,
         TOKENS=share.tokens,

@@ -12,27 +12,55 @@ from graphllm.quant.scheme import LinearScheme
 
 
 class TokenEmbedding(LoadableModule):
-    """One row of `weight` [vocab_size, hidden_size] for each token, times `scale` where there is one."""
+    """One row of `weight` [num_rows, hidden_size] for each token, times `scale` where there is one.
+
+    num_types: rows of a table of token types, of which the first `num_used_types` are added to all tokens'
+    rows while they are loaded: `weight` then has the vocabulary once for each, and no scale. So a token's
+    type is part of its id, and costs nothing when it is looked up.
+    """
 
     def __init__(
         self,
-        vocab_size: int,
+        num_rows: int,
         hidden_size: int,
         *,
         scale: float | None = None,
+        num_types: int = 0,
+        num_used_types: int = 1,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        weight = torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)
+        assert num_rows % num_used_types == 0 and (num_types == 0 or scale is None)
+        weight = torch.empty(num_rows, hidden_size, device=device, dtype=dtype)
         self.scale = scale
+        self.num_types = num_types
+        self.num_used_types = num_used_types
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self._has_words = False
+        self._types: torch.Tensor | None = None
 
     def weight_slots(self) -> dict[str, WeightSlot]:
-        return {"weight": WeightSlot(tuple(self.weight.shape), self._load)}
+        num_rows, hidden_size = self.weight.shape
+        slots = {"weight": WeightSlot((num_rows // self.num_used_types, hidden_size), self._load)}
+        if self.num_types:
+            slots["types.weight"] = WeightSlot((self.num_types, hidden_size), self._load_types)
+        return slots
 
     def _load(self, tensor: torch.Tensor) -> None:
-        self.weight.copy_(tensor)
+        self.weight.view(self.num_used_types, *tensor.shape).copy_(tensor)
+        self._has_words = True
+        self._add_types()
+
+    def _load_types(self, tensor: torch.Tensor) -> None:
+        self._types = tensor[: self.num_used_types].clone()
+        self._add_types()
+
+    def _add_types(self) -> None:
+        """Once both tables are there, in whichever order."""
+        if self._has_words and self._types is not None:
+            by_type = self.weight.view(self.num_used_types, -1, self.weight.shape[1])
+            by_type += self._types[:, None].to(self.weight)
 
     def forward(self, token_ids: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         """token_ids: [num_tokens] int64; returns out, [num_tokens, hidden_size]."""

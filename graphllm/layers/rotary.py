@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphllm.arena import Arena
-from graphllm.kernels.rotary import rotary_tables
+from graphllm.kernels.rotary import QueryGrowth, rotary_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,20 @@ class RotaryConfig:
 
     The first `rotary_dim` dimensions of a head turn, an even number; the rest stays. Dimensions i and
     i + rotary_dim / 2 are a point of the plane, or neighbours 2i and 2i + 1 where `is_interleaved`. theta is
-    the base of the frequencies.
+    the base of the frequencies. query_growth: whole query heads also grow with their position, and then all
+    dimensions of a head turn.
     """
 
     rotary_dim: int
     theta: float
     scaling: RopeScaling | None = None
     is_interleaved: bool = False
+    query_growth: QueryGrowth | None = None
+
+    @property
+    def num_tables(self) -> int:
+        """Of a step's: cosines and sines, those of queries apart where they grow."""
+        return 2 if self.query_growth is None else 4
 
 
 def rotary_frequencies(rotary: RotaryConfig, *, max_context: int) -> torch.Tensor:
@@ -161,6 +168,7 @@ class RotaryEmbedding(nn.Module):
         self.dtype = dtype
         scaling = rotary.scaling
         self.scale = 1.0
+        self.query_growth, self.num_tables = rotary.query_growth, rotary.num_tables
         if isinstance(scaling, (YarnRopeScaling, LongRopeScaling)):
             self.scale = scaling.attention_factor
         self.frequencies: torch.Tensor
@@ -169,8 +177,10 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, *, arena: Arena, name: str) -> torch.Tensor:
         """positions: [num_tokens] int64; returns the arena's `name`, [2, num_tokens, rotary_dim] as
-        `rotary_tables` defines it.
+        `rotary_tables` defines it, or 4 of them where queries grow.
         """
         rotary_dim = 2 * len(self.frequencies)
-        out = arena.take(name, 2, len(positions), rotary_dim, dtype=self.dtype)
-        return rotary_tables(positions, self.frequencies, scale=self.scale, out=out)
+        out = arena.take(name, self.num_tables, len(positions), rotary_dim, dtype=self.dtype)
+        return rotary_tables(
+            positions, self.frequencies, scale=self.scale, query_growth=self.query_growth, out=out
+        )

@@ -45,10 +45,11 @@ class ModelConfig:
     has_sinks: each head has a learned logit that takes part in the softmax and has no value. latent: heads
     come out of latents, which are what is cached; attention_bias is then that of all projections but those
     out of them.
-    attention_bias is that of query, key and value, attention_output_bias that of the projection behind
-    them. qk_norm: query and key heads are normalized before rotary. alibi_scale: a query's scores
-    fall linearly with a key's distance (Press et al., 2021, arXiv:2108.12409), by so many times each head's
-    slope; None for scores that do not.
+    is_causal: a query sees no later key; without it a prompt is computed in one step, and a sliding_window
+    reaches as far to either side. attention_bias is that of query, key and value, attention_output_bias that
+    of the projection behind them. qk_norm: query and key heads are normalized before rotary. alibi_scale: a
+    query's scores fall linearly with a key's distance (Press et al., 2021, arXiv:2108.12409), by so many
+    times each head's slope; None for scores that do not.
 
     Feed-forward: down(f(gate(x)) * up(x)) where is_gated, else down(f(up(x))); mlp_bias is of all its
     projections.
@@ -62,8 +63,11 @@ class ModelConfig:
     Ends: embedding_multiplier scales embeddings. embedding_size is theirs where it is not hidden_size: then
     one projection leads to the stream and one back to the head. num_learned_positions: rows of the table
     of learned positions, of which the first `learned_position_offset` stand for none; 0 for no table.
-    head_bias adds to the logits, which are multiplied by logit_multiplier and bounded by logit_softcap,
-    c tanh(logit / c).
+    num_token_types: rows of the table of token types, 0 for no table; the first `num_used_token_types` are
+    folded into the embedding, so that a token of type k is row k vocab_size / num_used_token_types + its id.
+    has_embedding_norm: the stream begins with a norm of the sum of all these. has_head: without it there are
+    no logits, and hidden states are all that can be asked for. head_bias adds to the logits, which are
+    multiplied by logit_multiplier and bounded by logit_softcap, c tanh(logit / c).
 
     max_position_embeddings: the longest context, in tokens. dtype is the checkpoint's own, None when it
     names none that is served. bos_token_id and eos_token_ids are config.json's; tokenizer and
@@ -85,6 +89,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     attention_scale: float
     attention_softcap: float | None = None
+    is_causal: bool = True
     has_sinks: bool = False
     latent: LatentConfig | None = None
     attention_bias: bool = False
@@ -98,6 +103,10 @@ class ModelConfig:
     embedding_multiplier: float | None = None
     num_learned_positions: int = 0
     learned_position_offset: int = 0
+    num_token_types: int = 0
+    num_used_token_types: int = 1
+    has_embedding_norm: bool = False
+    has_head: bool = True
     tie_word_embeddings: bool
     head_bias: bool = False
     logit_multiplier: float = 1.0

@@ -79,6 +79,7 @@ class DecoderLayer(nn.Module):
                 scale=config.attention_scale,
                 sliding_window=layer.sliding_window,
                 softcap=config.attention_softcap,
+                is_causal=config.is_causal,
             )
             self.attention = Attention(
                 config.hidden_size,
@@ -199,7 +200,13 @@ class Decoder(nn.Module):
         linear = partial(Linear, device=device, dtype=dtype)
         embedding_size = config.embedding_size or config.hidden_size
         self.embedding = TokenEmbedding(
-            config.vocab_size, embedding_size, scale=config.embedding_multiplier, device=device, dtype=dtype
+            config.vocab_size,
+            embedding_size,
+            scale=config.embedding_multiplier,
+            num_types=config.num_token_types,
+            num_used_types=config.num_used_token_types,
+            device=device,
+            dtype=dtype,
         )
         self.embedding_projection = self.head_projection = None
         if config.embedding_size is not None:
@@ -219,6 +226,8 @@ class Decoder(nn.Module):
                 device=device,
                 dtype=dtype,
             )
+        norm = partial(make_norm, config.hidden_size, config=config.norm, device=device, dtype=dtype)
+        self.embedding_norm = norm() if config.has_embedding_norm else None
         # One for each way of turning that occurs, in the order of the layers that do.
         rotaries = [*dict.fromkeys(layer.rotary for layer in config.layers if layer.rotary is not None)]
         self.rotaries = nn.ModuleList(
@@ -241,10 +250,11 @@ class Decoder(nn.Module):
         )
         self.final_norm = None
         if config.norm_placement != "sum":
-            self.final_norm = make_norm(config.hidden_size, config=config.norm, device=device, dtype=dtype)
-        if config.tie_word_embeddings:
-            self.head: Linear | TiedHead = TiedHead(self.embedding, scheme=schemes.plain)
-        else:
+            self.final_norm = norm()
+        self.head: Linear | TiedHead | None = None
+        if config.has_head and config.tie_word_embeddings:
+            self.head = TiedHead(self.embedding, scheme=schemes.plain)
+        elif config.has_head:
             parts = {"": config.vocab_size}
             scheme = schemes.at("head")
             self.head = linear(embedding_size, parts, bias=config.head_bias, scheme=scheme)
@@ -300,6 +310,8 @@ class Decoder(nn.Module):
             self.embedding_projection.project(embedded, out=residual)
         if self.positions is not None:
             self.positions.add(positions, residual)
+        if self.embedding_norm is not None:
+            self.embedding_norm(residual, out=residual)
         return residual
 
     def final_hidden(self, tokens: torch.Tensor, *, num_tokens: int, arena: Arena) -> torch.Tensor:
@@ -321,7 +333,13 @@ class Decoder(nn.Module):
         )
 
     def project(self, hidden: torch.Tensor, *, arena: Arena, out: torch.Tensor) -> None:
-        """From `final_hidden`'s rows to their logits: out, [num_rows, vocab_size] float32."""
+        """From `final_hidden`'s rows to their logits: out, [num_rows, vocab_size] float32.
+
+        Zeros where there is no head: what is then sampled is dropped, but must be a token.
+        """
+        if self.head is None:
+            out.zero_()
+            return
         if self.head_projection is not None:
             hidden = self.head_projection(hidden, arena=arena, name="wide")
         self.head.project(hidden, out=out)

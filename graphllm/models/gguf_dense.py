@@ -35,6 +35,7 @@ from graphllm.models.gguf_settings import (
     gemma3_attention,
     gpt_neox_residual,
     granite_multipliers,
+    growing_queries,
     no_experts,
     numbers,
     presences,
@@ -68,6 +69,12 @@ LLAMA = GGUFArchitecture(
     model_type="llama",
     tensors=_LLAMA_TENSORS,
     settings=(_LLAMA_BIASES, no_experts),
+)
+MINISTRAL3 = GGUFArchitecture(
+    hf_architecture="Ministral3ForCausalLM",
+    model_type="ministral3",
+    tensors=_LLAMA_TENSORS,
+    settings=(growing_queries, no_experts),
 )
 SMOLLM3 = GGUFArchitecture(
     hf_architecture="SmolLM3ForCausalLM",

@@ -102,6 +102,21 @@ def _read_query_scalar(metadata: GGUFMetadata, config: dict[str, Any], *, spread
         config["query_pre_attn_scalar"] = config["head_dim"]
 
 
+def growing_queries(metadata: GGUFMetadata, config: dict[str, Any]) -> None:
+    """How queries grow with their position, in steps of the context that was first trained for.
+
+    Mistral's converter writes Hugging Face's number of YaRN's sharpening as it is, unlike DeepSeek's; that of
+    cosines and sines is the same in all releases.
+    """
+    if (strength := metadata.optional_float("rope.scaling.yarn_log_multiplier")) is not None:
+        scaling = _yarn(metadata, config, key="rope.scaling.yarn_log_multiplier")
+        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), strength)
+    if (growth := metadata.optional_float("attention.temperature_scale")) is not None:
+        scaling = _yarn(metadata, config, key="attention.temperature_scale")
+        scaling["llama_4_scaling_beta"] = growth
+        metadata.expect("attention.temperature_length", scaling["original_max_position_embeddings"])
+
+
 def falcon_shape(metadata: GGUFMetadata, config: dict[str, Any]) -> None:
     """The old architecture has one key head; the new one has groups, and a second norm or not."""
     num_norms = 2 if metadata.has_layer_tensor("attn_norm_2") else 1
@@ -228,10 +243,16 @@ def latent_attention(metadata: GGUFMetadata, config: dict[str, Any]) -> None:
     }
     # Written as a tenth of Hugging Face's number; that of cosines and sines is the same in all releases.
     if (strength := metadata.optional_float("rope.scaling.yarn_log_multiplier")) is not None:
-        scaling = config.get("rope_scaling")
-        if scaling is None or scaling["rope_type"] != "yarn":
-            metadata.refuse("rope.scaling.yarn_log_multiplier", "is there, but rotary is not YaRN's")
+        scaling = _yarn(metadata, config, key="rope.scaling.yarn_log_multiplier")
         scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), float(f"{10 * strength:.6g}"))
+
+
+def _yarn(metadata: GGUFMetadata, config: dict[str, Any], *, key: str) -> dict[str, Any]:
+    """YaRN's part of the config, without which `key` says nothing."""
+    scaling: dict[str, Any] | None = config.get("rope_scaling")
+    if scaling is None or scaling["rope_type"] != "yarn":
+        metadata.refuse(key, "is there, but rotary is not YaRN's")
+    return scaling
 
 
 def _rows(metadata: GGUFMetadata, stem: str) -> int | None:

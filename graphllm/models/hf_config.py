@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from graphllm.errors import CheckpointError
-from graphllm.models.hf_keys import GENERATION_KEYS, HARMLESS_KEYS, NEUTRAL_VALUES
+from graphllm.models.hf_keys import GENERATION_KEYS, HARMLESS_KEYS, NEUTRAL_VALUES, POOLING_KEYS
 
 MAX_SIZE = 2**31 - 1
 MAX_NUM_LAYERS = 2048
@@ -153,7 +153,7 @@ class HFConfig:
     def check_understood(self) -> None:
         """Refuse the first key that is set, was not read, and is not known to be harmless."""
         for key, value in self._values.items():
-            if key in self._read or key in HARMLESS_KEYS or key in GENERATION_KEYS or value is None:
+            if key in self._read or key in HARMLESS_KEYS | GENERATION_KEYS | POOLING_KEYS or value is None:
                 continue
             if key not in NEUTRAL_VALUES:
                 self.refuse(key, f"({_short(value)}) is not understood, and may change the mathematics")

@@ -84,6 +84,18 @@ HARMLESS_KEYS = frozenset(
     }
 )
 
+# What vectors and scores are for, which `pooling.py` reads, and other servers' names for it.
+POOLING_KEYS = frozenset(
+    {
+        "classifier_from_token",
+        "is_matryoshka",
+        "is_original_qwen3_reranker",
+        "matryoshka_dimensions",
+        "sbert_ce_default_activation_function",
+        "sentence_transformers",
+    }
+)
+
 # Token ids and sampling parameters: the tokenizer and generation_config.json say what holds.
 GENERATION_KEYS = frozenset(
     {

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from graphllm.kernels.rotary import QueryGrowth
 from graphllm.layers.rotary import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -34,6 +35,7 @@ class RopeDefaults:
     whether neighbours turn together, which no file says. type_names: other words for the types of scaling.
     has_plain_windows: in files of the older generation, layers with a window turn without scaling, by
     `rope_local_base_freq` where that is given and else `window_theta` (None: the other layers' base).
+    may_grow: whether a file may say how queries grow with their position; for others that is unheard of.
     """
 
     theta: float = 10000.0
@@ -43,6 +45,7 @@ class RopeDefaults:
     type_names: dict[str, str] = field(default_factory=dict)
     has_plain_windows: bool = False
     window_theta: float | None = None
+    may_grow: bool = False
 
 
 def read_rotary(
@@ -97,6 +100,7 @@ class _Reader:
             section = self.config if rope.get("partial_rotary_factor") is None else rope
             section.refuse("partial_rotary_factor", f"is {part}, which this architecture does not know")
         rope.get("finetuned")  # a note about training
+        query_growth = self._query_growth(rope) if self.defaults.may_grow else None
         rope.check_understood()
         rotary_dim = self._rotary_dim(part)
         if isinstance(scaling, ProportionalRopeScaling):
@@ -106,6 +110,22 @@ class _Reader:
             theta=theta,
             scaling=scaling,
             is_interleaved=self.defaults.is_interleaved,
+            query_growth=query_growth,
+        )
+
+    def _query_growth(self, rope: HFConfig) -> QueryGrowth | None:
+        """It begins where the context ends that the model was first trained for."""
+        rope.get("max_position_embeddings")  # said once more, of no effect
+        if not rope.get("llama_4_scaling_beta"):
+            return None
+        growth = rope.positive_float("llama_4_scaling_beta")
+        return QueryGrowth(growth=growth, interval=self._original_context(rope))
+
+    def _original_context(self, rope: HFConfig) -> int:
+        """Some files keep it outside the rotary parameters, and there it has the last word."""
+        return self.config.positive_int(
+            "original_max_position_embeddings",
+            rope.positive_int("original_max_position_embeddings", self.max_position_embeddings),
         )
 
     def _rotary_dim(self, part: float) -> int:
@@ -120,11 +140,7 @@ class _Reader:
         return rotary_dim
 
     def _scaling(self, rope: HFConfig, part: float) -> RopeScaling | None:
-        # Some files keep it outside the rotary parameters, and there it has the last word.
-        original = self.config.positive_int(
-            "original_max_position_embeddings",
-            rope.positive_int("original_max_position_embeddings", self.max_position_embeddings),
-        )
+        original = self._original_context(rope)
         older_name = rope.get("type", "default")
         name = rope.get("rope_type", older_name)
         match self.defaults.type_names.get(name, name):

@@ -41,6 +41,8 @@ _HUB_NAME = re.compile(
 _REVISION = re.compile(r"(?!.*(\.\.|//))[A-Za-z0-9][\w./+-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT_GGUF = re.compile(r".*-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
+# Where sentence-transformers keeps a module behind the model: "1_Pooling", "2_Dense".
+_MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]+")
 _MAIN = "main"
 _MAX_NAMES_SHOWN = 8
 # What reads like the path of a file is not taken for the name of a repository.
@@ -110,7 +112,7 @@ def fetch_hub_model(
             hub.fetch(listing, name)
     if with_weights:
         # Last, so that whoever finds weights in the cache finds the rest too.
-        for name in hub.weight_files(listing):
+        for name in (*hub.weight_files(listing), *filter(_is_module_weights, sorted(names))):
             hub.fetch(listing, name)
         hub.remember(listing.commit)
     return hub.snapshot(listing.commit)
@@ -341,9 +343,17 @@ def _is_description(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     if folder == "additional_chat_templates":
         return file.endswith(".jinja")
+    if _MODULE_FOLDER.fullmatch(folder):
+        return file == "config.json"
     # tokenizer.model is not read; that it is there alone is told by the reader of tokenizers.
     is_index = file.endswith(".index.json")
     return not folder and not is_index and file.endswith((".json", ".jinja", "tokenizer.model"))
+
+
+def _is_module_weights(name: str) -> bool:
+    """Whether a file holds a layer behind the model proper, small as they are."""
+    folder, _, file = name.rpartition("/")
+    return file == WEIGHTS_FILE and _MODULE_FOLDER.fullmatch(folder) is not None
 
 
 def _files_of_folder(folder: Path, *, with_weights: bool) -> list[str]:

@@ -116,7 +116,7 @@ class _Shard:
 def _open_shards(folder: Path) -> dict[str, _Shard]:
     """Tensor name to the shard that holds it. The single file wins over an index, as in transformers."""
     if os.path.lexists(folder / WEIGHTS_FILE):
-        shard = open_shard(folder / WEIGHTS_FILE)
+        shard = _open_shard(folder / WEIGHTS_FILE)
         return dict.fromkeys(shard.shapes, shard)
     if os.path.lexists(folder / INDEX_FILE):
         return _open_indexed_shards(folder / INDEX_FILE)
@@ -125,7 +125,7 @@ def _open_shards(folder: Path) -> dict[str, _Shard]:
 
 def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
     weight_map = read_weight_map(index)
-    shards = {name: open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
+    shards = {name: _open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in shards[name].shapes:
             _refuse(index, f"tensor {tensor!r} should be in {name}, which does not have it")
@@ -152,19 +152,32 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def open_shard(path: Path) -> _Shard:
+def _open_shard(path: Path) -> _Shard:
     if not path.is_file():
         _refuse(path, "is not a regular file" if path.exists() else "is missing")
     try:
-        shapes = _read_header(path)
+        shapes = {name: tensor.shape for name, tensor in read_header(path).items()}
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         _refuse(path, f"cannot be read: {error}", cause=error)
     return _Shard(path, shapes, handle)
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name to shape. Finds what the library lets pass (repeated names) or only hints at."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a file holds a tensor. dtype: in the format's words; start, end: bytes from the file's begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors by name. Finds what the library lets pass (repeated names) or only hints at.
+
+    Raises CheckpointError. That a tensor has as many bytes as its shape needs is the library's to check.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -174,24 +187,24 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     header.pop("__metadata__", None)
     if not header:
         _refuse(path, "it has no tensors")
-    shapes: dict[str, tuple[int, ...]] = {}
-    end = 0
+    tensors: dict[str, StoredTensor] = {}
+    data, end = 8 + header_bytes, 0
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(), int(tensor_end)]} if all(
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
                 isinstance(length, int) for length in shape
             ):
-                end = max(end, tensor_end)
-                shapes[name] = tuple(shape)
+                end = max(end, stop)
+                tensors[name] = StoredTensor(dtype, tuple(shape), data + start, data + stop)
             case _:
                 _refuse(path, f"its header is damaged at tensor {name!r}")
         if dtype not in _SUPPORTED_DTYPES:
             supported = ", ".join(sorted(_SUPPORTED_DTYPES))
             _refuse(path, f"tensor {name!r} has dtype {dtype}, which is not supported; {supported} are")
-    data_bytes = size - 8 - header_bytes
+    data_bytes = size - data
     if data_bytes < end:
         _refuse(path, f"truncated: its header announces {end} bytes of data, but {data_bytes} are there")
-    return shapes
+    return tensors
 
 
 def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:

@@ -148,8 +148,8 @@ class AttentionOutline:
             raise UnservableAttention(f"attention takes {', '.join(sorted(unknown))}")
         if arguments.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnservableAttention("attention is not causal")
-        if key.shape != value.shape:
-            raise UnservableAttention("keys and values have different sizes")
+        if key.shape[:3] != value.shape[:3]:
+            raise UnservableAttention("there are not as many keys as values")
         if key.shape[2] != query.shape[2] or query.shape[0] != 1:
             raise UnservableAttention("queries and keys are not of the same tokens")
         scale, softcap = arguments.get("scaling"), arguments.get("softcap")
@@ -159,7 +159,7 @@ class AttentionOutline:
         spec = AttentionSpec(
             num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
-            head_dim=query.shape[3],
+            head_dim=max(key.shape[3], value.shape[3]),
             scale=query.shape[3] ** -0.5 if scale is None else float(scale),
             sliding_window=None if window is None else int(window),
             softcap=None if softcap is None else float(softcap),
@@ -169,7 +169,16 @@ class AttentionOutline:
                 "its mask is neither causal nor the sliding window that attention is told"
             )
         self.specs.append((int(module.layer_idx), spec))  # type: ignore[arg-type]
-        return query.transpose(1, 2).contiguous()
+        return _as_wide(query, value.shape[3]).transpose(1, 2).contiguous()
+
+
+def _as_wide(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Heads of so many dimensions: with zeros behind them, which change no score and no sum, or cut.
+
+    Heads that come out of a latent have keys and values of different widths, and the cache has one.
+    """
+    missing = head_dim - heads.shape[-1]
+    return nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
 def _paged_mask(num_tokens: int, window: int | None) -> torch.Tensor:
@@ -200,12 +209,14 @@ class PagedAttentionStep:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         """Keys and values to the cache, and attention over all that it has of each row."""
-        assert self.metadata is not None and self.arena is not None and mask is None
+        assert self.metadata is not None and self.arena is not None
+        _refuse_mask(mask)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         spec, layer_cache, num_tokens = self.specs[layer], self.layer_caches[layer], query.shape[2]
         num_heads = spec.num_heads + 2 * spec.num_kv_heads
         heads = self.arena.take("wide", num_tokens, num_heads, spec.head_dim, dtype=query.dtype)
-        torch.cat((query[0], key[0], value[0]), out=heads.transpose(0, 1))
+        parts = [_as_wide(part[0], spec.head_dim) for part in (query, key, value)]
+        torch.cat(parts, out=heads.transpose(0, 1))
         rotary_cache_write(
             heads.view(num_tokens, -1),
             None,  # the module has turned them
@@ -227,7 +238,13 @@ class PagedAttentionStep:
             sinks=None if sinks is None else sinks.float(),
             out=attended,
         )
-        return attended[None]
+        return attended[None, ..., : value.shape[3]]
+
+
+def _refuse_mask(mask: torch.Tensor | None) -> None:
+    """transformers makes none for us, so it would be the module's own: of keys that it has chosen."""
+    if mask is not None:
+        raise UnservableAttention("its layers choose by themselves what a token sees")
 
 
 class AbsentAttention:
@@ -243,4 +260,5 @@ class AbsentAttention:
         mask: torch.Tensor | None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        return query.transpose(1, 2).contiguous()
+        _refuse_mask(mask)
+        return _as_wide(query, value.shape[3]).transpose(1, 2).contiguous()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,6 +37,7 @@ from graphllm.models.fallback_choice import (
     is_known_to_transformers,
     refuse_without_weights,
 )
+from graphllm.models.fallback_weights import load_weights, match_weights
 from graphllm.models.hf_config import MAX_NUM_LAYERS
 from graphllm.models.safetensors_folder import FolderCheckpoint
 from graphllm.models.transformers_attention import (
@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 _OUTLINE_TOKENS = 7
 _OUTLINE_WINDOW = 3
-_MAX_NAMES_SHOWN = 3
-# Frequencies that older versions of transformers stored with the weights; they follow from the configuration.
-_STORED_FREQUENCIES = re.compile(r".*rotary_emb\.inv_freq")
 # Ways of turning that depend on the longest position of the batch: a request's text would on its neighbours.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,15 +83,15 @@ class Fallback:
 
         Raises CheckpointError for tensors that are missing, left over or of another shape, by name.
         """
-        _match_weights(_build(self, device=torch.device("meta"), dtype=dtype), self.checkpoint)
+        parts = match_weights(_build(self, device=torch.device("meta"), dtype=dtype), self.checkpoint)
         module = _build(self, device=device, dtype=dtype)
-        places = _match_weights(module, self.checkpoint)
-        with torch.no_grad():
-            for index, (name, place) in enumerate(places.items(), 1):
-                place.copy_(_read(self.checkpoint, name, is_float=place.is_floating_point()))
-                if progress is not None:
-                    progress(index, len(places))
-        return FallbackDecoder(module, self, backend=backend, dtype=dtype)
+        for number, _ in enumerate(load_weights(module, parts, self.checkpoint), 1):
+            if progress is not None:
+                progress(number, len(parts))
+        decoder = FallbackDecoder(module, self, backend=backend, dtype=dtype)
+        if (difference := decoder.find_difference()) is not None:
+            raise _unservable(self.checkpoint, type(module).__name__, difference)
+        return decoder
 
 
 def find_fallback(
@@ -278,50 +275,6 @@ def _build(fallback: Fallback, *, device: torch.device, dtype: torch.dtype) -> A
     return module.eval().requires_grad_(False)
 
 
-def _match_weights(module: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The place in the module for each tensor of the checkpoint. Raises CheckpointError, naming tensors."""
-    state = module.state_dict(keep_vars=True)
-    stored = [name for name in checkpoint.tensor_names() if not _STORED_FREQUENCIES.fullmatch(name)]
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if left_over := [
-        name
-        for name in stored
-        if name not in state and not any(re.search(pattern, name) for pattern in ignored)
-    ]:
-        raise CheckpointError(f"{checkpoint.path}: {_listed(left_over)} not used by {type(module).__name__}.")
-    filled = {id(state[name]) for name in stored if name in state}  # tied weights need one name only
-    if missing := [name for name, place in state.items() if id(place) not in filled]:
-        raise CheckpointError(f"{checkpoint.path}: {_listed(missing)} missing.")
-    places = {name: state[name] for name in stored if name in state}
-    for name, place in places.items():
-        if (shape := checkpoint.tensor_shape(name)) != tuple(place.shape):
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name!r} has shape {[*shape]}; "
-                f"the configuration asks for {[*place.shape]}."
-            )
-    return places
-
-
-def _read(checkpoint: Checkpoint, name: str, *, is_float: bool) -> torch.Tensor:
-    tensor = checkpoint.tensor(name)
-    if tensor.is_floating_point() != is_float:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, which the "
-            "module does not take."
-        )
-    return tensor
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_MAX_NAMES_SHOWN])
-    more = len(names) - _MAX_NAMES_SHOWN
-    return (
-        f"tensors {shown}{f' and {more} more' if more > 0 else ''} are"
-        if len(names) > 1
-        else f"tensor {shown} is"
-    )
-
-
 class _Base(nn.Module):
     """The part of a model below its head, which can also stand in for itself with hidden states given.
 
@@ -343,10 +296,21 @@ class _Base(nn.Module):
     def forward(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None, **rest: Any) -> Any:
         """[1, num_tokens, hidden_size]; where hidden states are given, those, as the head expects them."""
         if self.given is not None:
-            from transformers.modeling_outputs import BaseModelOutputWithPast
-
-            return BaseModelOutputWithPast(last_hidden_state=self.given)
+            return _GivenOutput(self.given)
         return self.base(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+
+class _GivenOutput:
+    """What a head expects of its model: hidden states, and nothing of all else that some models report."""
+
+    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class FallbackDecoder:
@@ -406,6 +370,36 @@ class FallbackDecoder:
             return find_obstacle(step, vocab_size=self.config.vocab_size, device=device)
         finally:
             transformers_attention.attach(self._module, self._step)
+
+    def find_difference(self) -> str | None:
+        """What the module does that steps of the paged attention would not, None where nothing was found.
+
+        Looked for where attention lets nothing through: a token's hidden state must not depend on others
+        before it, or the module has states beside keys and values, as convolutions and recurrences have; and
+        positions that count from 0 must be those that the module takes by itself.
+        """
+        device = next(self._module.parameters()).device
+        positions = torch.arange(_OUTLINE_TOKENS, device=device)[None]
+        tokens = (positions + 3) % self.config.vocab_size
+        others = torch.cat(((tokens[:, :-1] + 1) % self.config.vocab_size, tokens[:, -1:]), dim=1)
+        transformers_attention.attach(self._module, AbsentAttention())
+        try:
+            with torch.inference_mode():
+                hidden, behind_others, by_itself = (
+                    self._base(ids, positions=given)[0, -1].float()
+                    for ids, given in ((tokens, positions), (others, positions), (tokens, None))
+                )
+        except UnservableAttention as error:
+            return str(error)
+        finally:
+            transformers_attention.attach(self._module, self._step)
+        # A product's rows may be rounded otherwise beside other rows; what is looked for shows in more.
+        allowed = 1e-2 * hidden.abs().max()
+        if (behind_others - hidden).abs().max() > allowed:
+            return "its layers carry more from token to token than attention does"
+        if (by_itself - hidden).abs().max() > allowed:
+            return "its positions do not count from 0"
+        return None
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, **step: Any) -> None:
         """One step in one go; arguments as of `forward_in_slices`."""

@@ -17,6 +17,7 @@ from graphllm.config import EngineConfig
 from graphllm.kernels.triton_support import INTERPRETED
 from graphllm.layers.lora import AdapterMemory, TokenAdapters
 from graphllm.models.adaptable import adaptable_layers
+from graphllm.models.pooling import Pooler, PoolingConfig
 from graphllm.models.served import ServedModel
 from graphllm.models.transformers_fallback import FallbackDecoder
 from graphllm.runner.device import Device
@@ -27,6 +28,7 @@ from graphllm.runner.sampler import SamplerKind
 from graphllm.runner.staging import StagingRing
 from graphllm.runner.step_buffers import StepBuffers
 from graphllm.runner.step_program import StepProgram
+from graphllm.runner.text_pooling import TextPooling
 from graphllm.sampling_params import MAX_LOGPROBS
 from graphllm.step_buckets import StepBuckets
 
@@ -40,6 +42,7 @@ class StepParts:
     """What a step needs beside a KV cache."""
 
     model: ServedModel
+    pooling: TextPooling
     arena: Arena
     buffers: StepBuffers
     buckets: StepBuckets
@@ -52,6 +55,7 @@ class StepParts:
             backend=self.model.backend,
             buffers=self.buffers,
             kv_cache=kv_cache,
+            pooling=self.pooling,
             arena=self.arena,
             adapters=None if self.adapters is None else self.adapters.tokens,
         )
@@ -81,8 +85,7 @@ class StepParts:
             limits,
             max_num_seqs=self.buffers.max_num_seqs,
             padding_slot=self.buffers.padding_slot,
-            hidden_size=self.model.config.hidden_size,
-            dtype=self.model.dtype,
+            pooling=self.pooling.config,
             device=self.device,
             num_groups=len(self.buffers.block_tables),
         )
@@ -111,9 +114,21 @@ def choose_backend(
 
 
 def assemble_step(
-    config: EngineConfig, limits: StepLimits, device: Device, *, model: ServedModel, arena: Arena
+    config: EngineConfig,
+    limits: StepLimits,
+    device: Device,
+    *,
+    model: ServedModel,
+    arena: Arena,
+    pooler: Pooler | None = None,
 ) -> StepParts:
-    """Build the parts around a model; `arena` is that of the model's attention backend."""
+    """Build the parts around a model; `arena` is that of the model's attention backend.
+
+    pooler: None for one that gives a text's last hidden state as it is.
+    """
+    if pooler is None:
+        last_states = PoolingConfig(purpose="generate", method="last", hidden_size=model.config.hidden_size)
+        pooler = Pooler(last_states, device=device.torch_device)
     buffers = StepBuffers(
         limits,
         max_num_seqs=config.max_num_seqs,
@@ -132,6 +147,7 @@ def assemble_step(
         )
     return StepParts(
         model=model,
+        pooling=TextPooling(pooler, num_slots=limits.num_slots + 1, device=device.torch_device),
         arena=arena,
         buffers=buffers,
         buckets=StepBuckets.choose(
@@ -178,6 +194,7 @@ def run_largest_steps(program: StepProgram, graphs: GraphRunner, *, max_num_batc
     for shape in (graphs.mixed_shape(max_num_batched_tokens), graphs.decode_shape(num_seqs)):
         for with_adapters in program.adapter_kinds:
             program.forward(shape, with_adapters=with_adapters)
+    program.pool_largest(num_tokens=max_num_batched_tokens, num_lines=num_seqs)
     program.score(1, num_tokens=max_num_batched_tokens, num_top=MAX_LOGPROBS)
     for kind in SamplerKind:
         program.sample(num_seqs, kind)

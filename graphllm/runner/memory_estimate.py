@@ -115,7 +115,7 @@ def estimate_arena_bytes(
         + max(up_sizes)  # into attention, into the feed-forward layer; out of the experts
         + max(inner_sizes)  # out of attention, between the projections of the feed-forward layer
         + _latent_size(config)
-        + sum(2 * rotary.rotary_dim for rotary in rotaries)  # cosines and sines
+        + sum(rotary.num_tables * rotary.rotary_dim for rotary in rotaries)  # cosines and sines
     )
     bytes_per_token = values_per_token * dtype.itemsize + 4 * max(routing_sizes)
     decoder = limits.max_num_batched_tokens * bytes_per_token

@@ -23,13 +23,8 @@ from graphllm.runner.graph_runner import GraphKey, GraphRunner
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.staging import StagingEntry, StagingRing, download, upload, upload_subset
 from graphllm.runner.step_program import StepProgram, StepShape
-from graphllm.runner.step_reports import (
-    download_hidden,
-    download_scores,
-    read_embeddings,
-    read_scores,
-    upload_scores,
-)
+from graphllm.runner.step_reports import download_scores, read_scores, upload_scores
+from graphllm.runner.text_pooling import read_results
 
 MaskRow = npt.NDArray[np.int32]
 
@@ -106,8 +101,8 @@ class StepHandle:
             self.batch.step_id,
             token_ids,
             logprobs,
-            scores=read_scores(self.batch.spans, entry.reports.scores),
-            embeddings=read_embeddings(self.batch, entry.reports.hidden) if self.batch.pools else {},
+            scores=read_scores(self.batch.spans, entry.scores),
+            pooled=read_results(entry.pooled_lines, entry.pooled.results) if entry.pooled_lines else {},
         )
 
 
@@ -183,7 +178,7 @@ class ModelRunner:
 
     def _submit_reports(self, handle: StepHandle) -> None:
         """Queue what the step reports beside tokens: last of all, because it takes the logits' memory."""
-        if handle.batch.spans or handle.batch.pools:
+        if handle.batch.spans or handle._entry.pooled_lines:
             handle._events.append(self._device.submit(partial(self._report, handle)))
 
     def _variant(self, pairs: list[SamplePair], *, held: bool = False) -> SamplerVariant:
@@ -238,15 +233,15 @@ class ModelRunner:
     def _report(self, handle: StepHandle) -> None:
         if handle._events[0].error is not None:
             return
-        reports, num_tokens = handle._entry.reports, handle.shape.bucket.num_tokens
-        if handle.batch.pools:
-            hidden = self.program.pair_hidden(len(handle.batch.pairs), num_tokens=num_tokens)
-            download_hidden(hidden, reports.hidden)
+        entry, num_tokens = handle._entry, handle.shape.bucket.num_tokens
+        if entry.pooled_lines:
+            results = self.program.pool(entry.pooled.to(self.arena.device), num_tokens=num_tokens)
+            entry.pooled.results[: len(results)].copy_(results, non_blocking=True)
         if handle.batch.spans:
-            upload_scores(reports.scores, self.buffers.scores)
+            upload_scores(entry.scores, self.buffers.scores)
             num_top = max(span.sequence.params.prompt_logprobs or 0 for span in handle.batch.spans)
-            self.program.score(handle._entry.num_scored, num_tokens=num_tokens, num_top=num_top)
-            download_scores(self.buffers.scores, reports.scores, num_lines=handle._entry.num_scored)
+            self.program.score(entry.num_scored, num_tokens=num_tokens, num_top=num_top)
+            download_scores(self.buffers.scores, entry.scores, num_lines=entry.num_scored)
 
     def _download(self, handle: StepHandle, variant: SamplerVariant) -> None:
         download(

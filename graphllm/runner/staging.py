@@ -11,17 +11,21 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from graphllm.batch import ScheduledBatch
 from graphllm.kernels.sampled_rows import NUM_FLOATS, NUM_INTS
+from graphllm.models.pooling import PoolingConfig
 from graphllm.runner.device import Device
 from graphllm.runner.device_sampler import SampleResults
 from graphllm.runner.memory_plan import StepLimits, num_logit_lines
 from graphllm.runner.sampler import MAX_STOP_IDS, SamplingRow, pack_sampling_row
 from graphllm.runner.step_buffers import NUM_ROW_VECTORS, StepBuffers
 from graphllm.runner.step_program import StepShape
-from graphllm.runner.step_reports import HostReports, ScoreLines, stage_spans
+from graphllm.runner.step_reports import ScoreLines, stage_spans
+from graphllm.runner.text_pooling import DeviceLines, PooledLine, pooled_lines
 from graphllm.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 from graphllm.sequence import SequenceGroup
 
@@ -36,7 +40,7 @@ class _HostTable:
         self.memory = device.empty_host(num_rows, *width, dtype=dtype)
         self.num_rows = 0
 
-    def write(self, rows: SequenceOf[Any]) -> None:
+    def write(self, rows: SequenceOf[Any] | npt.NDArray[Any]) -> None:
         """Stage these rows (numbers, or tuples of numbers that may be shorter than a row)."""
         self.num_rows = len(rows)
         if self.num_rows > len(self.memory):
@@ -64,6 +68,36 @@ class _StagedTokens:
     tokens: slice
 
 
+@dataclass(frozen=True, slots=True)
+class _HostLines:
+    """The columns of `DeviceLines`, and where results come back: [max_num_seqs, output_size] float32."""
+
+    tokens: _HostTable
+    num_tokens: _HostTable
+    slots: _HostTable
+    is_continued: _HostTable
+    divisors: _HostTable
+    results: torch.Tensor
+
+    def write(self, lines: list[PooledLine]) -> None:
+        spans = [np.arange(line.first_token, line.first_token + line.num_tokens) for line in lines]
+        self.tokens.write(np.concatenate(spans) if spans else ())
+        self.num_tokens.write([line.num_tokens for line in lines])
+        self.slots.write([line.slot for line in lines])
+        self.is_continued.write([line.is_continued for line in lines])
+        self.divisors.write([line.divisor for line in lines])
+
+    def to(self, device: torch.device) -> DeviceLines:
+        """The staged columns on the device, in stream order."""
+        return DeviceLines(
+            self.tokens.to(device),
+            self.num_tokens.to(device),
+            self.slots.to(device),
+            self.is_continued.to(device),
+            self.divisors.to(device),
+        )
+
+
 @dataclass(slots=True)
 class StagingEntry:
     """One step's host memory: inputs that the device reads, results that it writes.
@@ -74,13 +108,15 @@ class StagingEntry:
     stop_*: sampling parameters of the new slots, those with biases and stop tokens apart because few have
     any. subset: [2 phases, 2, max_num_seqs] int64; masks: [max_num_seqs, words] int32, once it was needed.
     The step loop writes the masks of held pairs itself. num_scored counts the lines of prompt tokens to
-    score.
+    score, `scores`; pooled_lines says what of the step is pooled, `pooled` what the device reads and writes
+    of it.
     """
 
     rows: torch.Tensor
     subset: torch.Tensor
     results: SampleResults
-    reports: HostReports
+    scores: ScoreLines
+    pooled: _HostLines
     tokens: _HostTable
     blocks: _HostTable
     block_index: _HostTable
@@ -98,6 +134,7 @@ class StagingEntry:
     masks: torch.Tensor | None = None
     installs: list[_StagedTokens] = field(default_factory=list)
     num_scored: int = 0
+    pooled_lines: list[PooledLine] = field(default_factory=list)
     rows_version: int = 0
     upload_rows: bool = True
     in_use: bool = False
@@ -112,8 +149,7 @@ class StagingRing:
         *,
         max_num_seqs: int,
         padding_slot: int,
-        hidden_size: int,
-        dtype: torch.dtype,
+        pooling: PoolingConfig,
         device: Device,
         num_groups: int = 1,
         depth: int = 3,
@@ -124,7 +160,7 @@ class StagingRing:
         self._tables_size = (limits.num_slots + 1) * limits.table_width  # entries of a group's tables
         self._padding_slot = padding_slot
         self._max_num_seqs = max_num_seqs
-        self._hidden_size, self._dtype = hidden_size, dtype
+        self._pooling = pooling
         self._num_logit_lines = num_logit_lines(limits, max_num_seqs)
         self._entries = [self._new_entry(limits) for _ in range(depth)]
         self._next = 0
@@ -147,9 +183,14 @@ class StagingRing:
                 top_ids=host(num_lines, MAX_LOGPROBS, dtype=torch.int64),
                 top_logprobs=host(num_lines, MAX_LOGPROBS, dtype=torch.float32),
             ),
-            reports=HostReports(
-                scores=ScoreLines.allocate(num_scored, host),
-                hidden=host(num_lines, self._hidden_size, dtype=self._dtype),
+            scores=ScoreLines.allocate(num_scored, host),
+            pooled=_HostLines(
+                tokens=table(limits.max_num_batched_tokens, dtype=torch.int64),
+                num_tokens=table(num_lines, dtype=torch.int64),
+                slots=table(num_lines, dtype=torch.int64),
+                is_continued=table(num_lines, dtype=torch.bool),
+                divisors=table(num_lines, dtype=torch.float32),
+                results=host(num_lines, self._pooling.output_size, dtype=torch.float32),
             ),
             tokens=table(limits.max_num_batched_tokens, dtype=torch.int32),
             blocks=table(limits.max_num_batched_tokens, dtype=torch.int32),
@@ -178,7 +219,9 @@ class StagingRing:
         self._stage_rows(entry, batch, shape)
         self._stage_slots(entry, batch, eos_token_ids=eos_token_ids)
         entry.copies.write(batch.copies)
-        entry.num_scored = stage_spans(batch, entry.reports.scores, num_slice_lines=self._num_logit_lines)
+        entry.pooled_lines = pooled_lines(batch, self._pooling.method)
+        entry.pooled.write(entry.pooled_lines)
+        entry.num_scored = stage_spans(batch, entry.scores, num_slice_lines=self._num_logit_lines)
         return entry
 
     def stage_subset(

@@ -100,10 +100,6 @@ class StepBuffers:
     def pair_slots(self, num_pairs: int) -> torch.Tensor:
         return self.rows[PAIR_SLOTS, :num_pairs]
 
-    def sampled_tokens(self, num_pairs: int) -> torch.Tensor:
-        """Which of the step's tokens each pair is sampled behind, [num_pairs] int64, since its forward."""
-        return self._inputs.sampled_tokens[:num_pairs]
-
     def step_inputs(self, *, num_tokens: int, num_rows: int, num_pairs: int) -> StepInputs:
         """Where the inputs of a step of this size are gathered, at the same addresses in every step."""
         inputs = self._inputs

@@ -25,6 +25,7 @@ from graphllm.runner.device_sampler import sample_by_reference, sample_on_device
 from graphllm.runner.sampler import SamplerKind, SamplerVariant
 from graphllm.runner.step_buffers import StepBuffers
 from graphllm.runner.step_reports import score_lines
+from graphllm.runner.text_pooling import DeviceLines, TextPooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class StepProgram:
         backend: AttentionBackend,
         buffers: StepBuffers,
         kv_cache: KVCache,
+        pooling: TextPooling,
         arena: Arena,
         adapters: TokenAdapters | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class StepProgram:
         self.adapters = adapters
         self.arena = arena
         self._model = model
+        self._pooling = pooling
         self._backend = backend
         self._kv_cache = kv_cache
 
@@ -159,10 +162,15 @@ class StepProgram:
             )
             score_lines(logits, scores, rows=rows, arena=self.arena, num_top=num_top)
 
-    def pair_hidden(self, num_pairs: int, *, num_tokens: int) -> torch.Tensor:
-        """The final hidden states of the last step's first pairs, [num_pairs, hidden_size], in the arena."""
-        tokens = self.buffers.sampled_tokens(num_pairs)
-        return self._model.final_hidden(tokens, num_tokens=num_tokens, arena=self.arena)
+    def pool(self, lines: DeviceLines, *, num_tokens: int) -> torch.Tensor:
+        """The results of a step of `num_tokens`, the last to run: [num_lines, output_size] float32."""
+        return self._pooling.pool(self._model, lines, num_step_tokens=num_tokens, arena=self.arena)
+
+    def pool_largest(self, *, num_tokens: int, num_lines: int) -> None:
+        """See `TextPooling.pool_largest`."""
+        self._pooling.pool_largest(
+            self._model, num_step_tokens=num_tokens, num_lines=num_lines, arena=self.arena
+        )
 
     @property
     def adapter_kinds(self) -> tuple[bool, ...]:

@@ -1,6 +1,6 @@
-"""What a step reports beside its sampled tokens: logprobs of prompt tokens, and pooled hidden states.
+"""What a step reports beside its sampled tokens: logprobs of prompt tokens.
 
-Owns the memory for both on either side, and how prompt tokens are scored: a slice of lines at a time, in the
+Owns the memory for them on either side, and how prompt tokens are scored: a slice of lines at a time, in the
 memory of the step's logits, when these are no longer needed. All of it runs behind the step, outside its
 graph, on what the forward has left in the arena.
 """
@@ -61,14 +61,6 @@ class ScoreLines:
         return ScoreLines(*(getattr(self, field.name)[lines] for field in fields(self)))
 
 
-@dataclass(frozen=True, slots=True)
-class HostReports:
-    """One step's reports in host memory. hidden: [max_num_seqs, hidden_size], a line for each pair."""
-
-    scores: ScoreLines
-    hidden: Tensor
-
-
 def stage_spans(batch: ScheduledBatch, scores: ScoreLines, *, num_slice_lines: int) -> int:
     """Write what of its prompts `batch` scores into host memory; returns the number of lines.
 
@@ -101,11 +93,6 @@ def download_scores(device: ScoreLines, host: ScoreLines, *, num_lines: int) -> 
     for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
         source, target = getattr(device, name), getattr(host, name)
         target[:num_lines].copy_(source[:num_lines], non_blocking=True)
-
-
-def download_hidden(hidden: Tensor, host: Tensor) -> None:
-    """Copy the pairs' hidden states, [num_pairs, hidden_size], to the host, in stream order."""
-    host[: len(hidden)].copy_(hidden, non_blocking=True)
 
 
 def score_lines(logits: Tensor, scores: ScoreLines, *, rows: SampledRows, arena: Arena, num_top: int) -> None:
@@ -161,12 +148,3 @@ def read_scores(spans: SequenceOf[ScoredSpan], host: ScoreLines) -> list[PromptS
             )
         )
     return found
-
-
-def read_embeddings(batch: ScheduledBatch, hidden: Tensor) -> dict[int, array[float]]:
-    """The hidden states of pooling pairs, by the pair's index, out of `HostReports.hidden`."""
-    return {
-        index: array("f", hidden[index].float().numpy().tobytes())
-        for index, pair in enumerate(batch.pairs)
-        if pair.sequence.group.pooling
-    }

@@ -64,7 +64,7 @@ class AppliedToken:
     sequence: Sequence
     token_id: int
     logprob: TokenLogprob | None
-    embedding: array[float] | None = None
+    pooled: array[float] | None = None
 
 
 class Scheduler:
@@ -236,7 +236,7 @@ class Scheduler:
                 continue
             sequence.num_in_flight_tokens -= 1
             if not sequence.group.generates:
-                applied.append(AppliedToken(sequence, token_id, None, result.embeddings.get(index)))
+                applied.append(AppliedToken(sequence, token_id, None, result.pooled.get(index)))
                 self.finish(sequence, FinishReason.STOP if sequence.group.pooling else FinishReason.LENGTH)
                 continue
             sequence.token_ids.append(token_id)
@@ -370,6 +370,8 @@ class Scheduler:
             fetches = not waiting.skips_host_lookup and self.tiers.should_fetch(hit)
             table = hit.fetched_table if fetches else hit.device_table
             if not self._has_room_for(waiting, table):
+                return
+            if waiting.group.in_one_step and waiting.num_uncomputed_tokens > step.budget:
                 return
             self.waiting.remove(waiting)
             if fetches:

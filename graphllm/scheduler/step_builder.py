@@ -98,6 +98,7 @@ class StepBuilder:
         else:
             rows.append(ScheduledRow(sequence, sequence.slot, num_tokens))
         self._scheduled.add(sequence)
+        self.batch.pools |= sequence.group.pooling
         self.batch.uses_adapters |= sequence.group.adapter is not None
         self.budget -= num_tokens
         if sequence.num_unscored_tokens:
@@ -177,7 +178,6 @@ class StepBuilder:
             pairs.append(old)
         else:
             held = sequence.constraint is not None
-            self.batch.pools |= sequence.group.pooling
             pairs.append(SamplePair(row, sequence, sequence.slot, sequence.slot_generation, held))
 
     def _add_span(self, row: int, sequence: Sequence, *, num_tokens: int) -> None:

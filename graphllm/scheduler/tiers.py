@@ -124,6 +124,7 @@ class Tiers:
         return (
             sequence.num_swaps < self._max_swaps
             and sequence.num_computed_tokens > 0
+            and not sequence.group.keeps_device_state
             and num_needed <= self.host.num_free_swap_blocks
             and not self._prefixes.depends_on_others(sequence)
         )

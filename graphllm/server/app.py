@@ -37,14 +37,17 @@ from graphllm.server.health import HealthRoutes, HttpCollector
 from graphllm.server.http import HttpLimits, HttpServer, Request, Response
 from graphllm.server.openai.chat_completions import ChatCompletions
 from graphllm.server.openai.chat_protocol import ChatCompletionRequest
+from graphllm.server.openai.classification import Classification, ClassifyRequest
 from graphllm.server.openai.completion_protocol import CompletionRequest
 from graphllm.server.openai.completions import Completions
 from graphllm.server.openai.embeddings import EmbeddingRequest, Embeddings
 from graphllm.server.openai.models import ModelRoutes
+from graphllm.server.openai.rerank import Reranking, RerankRequest
 from graphllm.server.openai.responses.create import CreateResponse
 from graphllm.server.openai.responses.protocol import ResponsesRequest
 from graphllm.server.openai.responses.routes import StoredResponses
 from graphllm.server.openai.responses.store import ResponseStore, StoreLimits
+from graphllm.server.openai.scores import ScoreRequest, Scores
 from graphllm.server.openai.tokenization import DetokenizeRequest, Tokenization, TokenizeRequest
 from graphllm.server.openapi import ApiRoute, OpenApiRoute
 from graphllm.server.response import Handler
@@ -59,7 +62,16 @@ EXIT_CUT = 130
 FAILURE_LINGER_SECONDS = 2.0
 # How long last answers may take to reach their clients after the engine has stopped.
 FLUSH_SECONDS = 2.0
-_KEY_ROUTES = ("/v1/", "/admin/", "/tokenize", "/detokenize")
+_KEY_ROUTES = (
+    "/v1/",
+    "/v2/",
+    "/admin/",
+    "/tokenize",
+    "/detokenize",
+    "/score",
+    "/rerank",
+    "/classify",
+)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -83,7 +95,7 @@ class Application:
             lenient=config.lenient,
         )
         self._api_key = None if config.api_key is None else config.api_key.encode()
-        routes = [*self._plain_routes(engine), *self._generating_routes(config)]
+        routes = [*self._plain_routes(engine), *self._generating_routes(config), *self._scoring_routes()]
         document = OpenApiRoute(routes, needs_key=self._api_key is not None)
         routes.append(ApiRoute("GET", "/openapi.json", document.get, "This document."))
         self._router = Router()
@@ -139,6 +151,25 @@ class Application:
             _generating("/v1/messages", messages.create, "Continue a chat.", MessagesRequest),
             ApiRoute("POST", "/v1/messages/count_tokens", count, "How long a prompt is.", CountTokensRequest),
             ApiRoute("POST", "/v1/embeddings", embeddings, "A vector for each input.", EmbeddingRequest),
+        ]
+
+    def _scoring_routes(self) -> list[ApiRoute]:
+        """The APIs of models for scores, each under the paths that its clients know."""
+        scores, reranking = Scores(self.served).create, Reranking(self.served).create
+        classification = Classification(self.served).create
+        return [
+            *(
+                ApiRoute("POST", path, scores, "How well texts go together.", ScoreRequest)
+                for path in ("/v1/score", "/score")
+            ),
+            *(
+                ApiRoute("POST", path, reranking, "Documents, the best first.", RerankRequest)
+                for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+            ),
+            *(
+                ApiRoute("POST", path, classification, "A label for each input.", ClassifyRequest)
+                for path in ("/v1/classify", "/classify")
+            ),
         ]
 
     def handle(self, request: Request, response: Response) -> None:

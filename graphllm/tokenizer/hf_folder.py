@@ -51,6 +51,8 @@ def read_folder_tokenizer(folder: Path) -> TokenizerSource:
         eos_token_ids=frozenset(_configured_eos_ids(folder))
         | (frozenset() if eos_token_id is None else {eos_token_id}),
         chat_templates=_read_chat_templates(folder, config),
+        has_types="token_type_ids" in _input_names(config),
+        appended_eos_id=eos_token_id if config.get("add_eos_token") is True else None,
     )
 
 
@@ -168,6 +170,12 @@ def _named_id(backend: Backend, text: str | None, label: str) -> int | None:
     if token_id is None:
         raise CheckpointError(f"{label} is {text!r}, which is not in the vocabulary of tokenizer.json.")
     return token_id
+
+
+def _input_names(config: Mapping[str, Any]) -> list[Any]:
+    """What transformers' tokenizer of this configuration hands to the model."""
+    names = config.get("model_input_names")
+    return names if isinstance(names, list) else ["input_ids", "token_type_ids", "attention_mask"]
 
 
 def _configured_eos_ids(folder: Path) -> list[int]:

@@ -37,6 +37,8 @@ _PROBE_CHARS_PER_TOKEN = 8
 # Cutting a text changes its tokens near the cut only, so a prefix with half as many tokens again as
 # are allowed, and those of one word cut into bytes, proves that the whole has too many.
 _PROBE_MARGIN = 1.5
+# Tokens near the place where a text is cut that may be others than in the whole.
+_CUT_MARGIN = 64
 
 
 class Tokenizer:
@@ -45,12 +47,16 @@ class Tokenizer:
     vocab_size: one more than the largest token id; the model's own may be larger (padding rows).
     eos_token_ids: tokens that end a generation. special_token_ids: tokens that are no text.
     added_tokens: ids of the tokens beside the vocabulary proper, special or not, by their text.
+    appended_eos_id: the token that tokenizer_config.json wants behind every text (`add_eos_token`), for texts
+    that are to be embedded: `encode` does not append it.
     """
 
     __slots__ = (
         "_backend",
+        "_has_types",
         "_token_bytes",
         "added_tokens",
+        "appended_eos_id",
         "bos_token_id",
         "chat_template",
         "eos_token_ids",
@@ -67,6 +73,8 @@ class Tokenizer:
         self.vocab_size: int = max(spellings, default=-1) + 1
         self.bos_token_id: int | None = source.bos_token_id
         self.eos_token_ids: frozenset[int] = source.eos_token_ids
+        self.appended_eos_id = source.appended_eos_id
+        self._has_types = source.has_types
         added = backend.get_added_tokens_decoder()
         self.added_tokens: Mapping[str, int] = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(
@@ -116,20 +124,64 @@ class Tokenizer:
         none for some control characters), so the ids of a text may be none.
         Raises InvalidRequestError for lone surrogates, which are no text.
         """
-        try:
-            num_bytes = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}; "
-                "it is not valid Unicode.",
-                param=param,
-            ) from error
+        num_bytes = len(_utf8(text, param=param))
         if max_tokens is not None:
             self._probe_length(text, num_bytes, max_tokens=max_tokens, param=param)
         token_ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         if max_tokens is not None and len(token_ids) > max_tokens:
             _refuse_length(str(len(token_ids)), max_tokens, param=param)
         return token_ids
+
+    def encode_cut(
+        self, text: str, *, max_tokens: int, keeps_first: bool, add_special_tokens: bool, param: str
+    ) -> list[int]:
+        """Token ids of a text, at most so many: it loses its end, or its beginning, never what is around it.
+
+        The work is bounded by `max_tokens`: a text that is far longer is cut beyond them before it is
+        tokenized, which changes tokens near that cut only. Raises InvalidRequestError for what is no text.
+        """
+        _utf8(text, param=param)
+        num_special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        num_kept = max(0, max_tokens - num_special)
+        num_chars = _PROBE_CHARS_PER_TOKEN * (num_kept + _CUT_MARGIN)
+        while True:
+            is_whole = num_chars >= len(text)
+            part = text if is_whole else text[:num_chars] if keeps_first else text[-num_chars:]
+            encoding = self._backend.encode(part, add_special_tokens=False)
+            if is_whole or len(encoding) >= num_kept + _CUT_MARGIN:
+                break
+            num_chars *= 4
+        encoding.truncate(num_kept, direction="right" if keeps_first else "left")
+        ids: list[int] = self._backend.post_process(encoding, None, add_special_tokens).ids
+        return ids
+
+    def encode_pair(
+        self, first: str, second: str, *, max_tokens: int, is_cut: bool, params: tuple[str, str]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and types of two texts in one, with what the tokenizer puts around and between them.
+
+        A type is 0 or 1, of the second text where the tokenizer tells them apart. is_cut: what is more than
+        max_tokens is taken off the ends, of the longer text first; otherwise ContextLengthError is raised.
+        params: the request's fields, for errors; the longer text is at fault. Raises InvalidRequestError for
+        what is no text.
+        """
+        texts = []
+        for text, param in zip((first, second), params, strict=True):
+            num_bytes = len(_utf8(text, param=param))
+            if is_cut:
+                text = text[: max_tokens * self.longest_token_bytes]
+            else:
+                self._probe_length(text, num_bytes, max_tokens=max_tokens, param=param)
+            texts.append(self._backend.encode(text, add_special_tokens=False))
+        num_special = self._backend.num_special_tokens_to_add(True)
+        num_tokens = sum(map(len, texts)) + num_special
+        if num_tokens > max_tokens and not is_cut:
+            _refuse_length(str(num_tokens), max_tokens, param=params[len(texts[0]) <= len(texts[1])])
+        lengths = _longest_first(len(texts[0]), len(texts[1]), max(0, max_tokens - num_special))
+        for encoding, length in zip(texts, lengths, strict=True):
+            encoding.truncate(length)
+        encoding = self._backend.post_process(texts[0], texts[1], True)
+        return encoding.ids, encoding.type_ids if self._has_types else [0] * len(encoding)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
@@ -219,6 +271,32 @@ def _spellings(backend: Backend) -> dict[int, str]:
         if token_id not in spellings and (token := backend.id_to_token(token_id)) is not None:
             spellings[token_id] = token
     return spellings
+
+
+def _utf8(text: str, *, param: str) -> bytes:
+    """Raises InvalidRequestError for lone surrogates, which are no text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}; "
+            "it is not valid Unicode.",
+            param=param,
+        ) from error
+
+
+def _longest_first(first: int, second: int, max_tokens: int) -> tuple[int, int]:
+    """Two lengths, the larger one lowered to the other and then both in turn, to so many in all.
+
+    As the library cuts pairs ("longest_first"): what does not divide by two goes to the longer.
+    """
+    if first + second <= max_tokens:
+        return first, second
+    shorter = min(first, second)
+    longer = max(shorter, max_tokens - shorter)
+    if shorter + longer > max_tokens:
+        shorter, longer = max_tokens // 2, max_tokens - max_tokens // 2
+    return (longer, shorter) if first > second else (shorter, longer)
 
 
 def _refuse_length(num_tokens: str, max_tokens: int, *, param: str) -> NoReturn:

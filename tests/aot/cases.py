@@ -26,7 +26,7 @@ from graphllm.kernels.linear_choice import SkinnyConfig, default_table
 from graphllm.kernels.logit_adjustment import adjust_logits
 from graphllm.kernels.residual_add import residual_add
 from graphllm.kernels.rms_norm import add_rms_norm, rms_norm
-from graphllm.kernels.rotary import rotary_tables
+from graphllm.kernels.rotary import QueryGrowth, rotary_tables
 from graphllm.kernels.rotary_cache_write import rotary_cache_write
 from graphllm.kernels.skinny_linear import skinny_linear, skinny_num_counters, skinny_scratch_bytes
 from graphllm.kernels.step_inputs import StepInputs, step_inputs
@@ -143,12 +143,15 @@ def inputs_of_steps(card: Card) -> None:
 
 
 def rotary(card: Card) -> None:
-    rotary_tables(
-        card.tensor(DECODE_TOKENS, dtype=torch.int64),
-        card.tensor(LLAMA_8B.head_dim // 2, dtype=torch.float32),
-        scale=1.0,
-        out=card.tensor(2, DECODE_TOKENS, LLAMA_8B.head_dim, dtype=BF16),
-    )
+    for query_growth in (None, QueryGrowth(growth=0.1, interval=16384)):
+        num_tables = 2 if query_growth is None else 4
+        rotary_tables(
+            card.tensor(DECODE_TOKENS, dtype=torch.int64),
+            card.tensor(LLAMA_8B.head_dim // 2, dtype=torch.float32),
+            scale=1.0,
+            query_growth=query_growth,
+            out=card.tensor(num_tables, DECODE_TOKENS, LLAMA_8B.head_dim, dtype=BF16),
+        )
 
 
 def eight_bits(card: Card) -> torch.dtype:
@@ -175,23 +178,24 @@ def cache_of(card: Card, shape: Shape, dtype: torch.dtype) -> Cache:
 
 
 def cache_writes(card: Card) -> None:
-    """Whole heads that turn by halves, then parts of heads, and neighbours."""
-    for shape, dtype, num_tokens, rotary_dim, is_interleaved in (
-        (LLAMA_1B, BF16, DECODE_TOKENS, 64, False),
-        (QWEN_600M, BF16, DECODE_TOKENS, 128, False),
-        (GEMMA_LIKE, BF16, DECODE_TOKENS, 256, False),
-        (LLAMA_8B, BF16, MIXED_TOKENS, 128, False),
-        (QWEN_600M, eight_bits(card), MIXED_TOKENS, 128, False),
-        (LLAMA_1B, BF16, DECODE_TOKENS, 16, False),
-        (LLAMA_8B, BF16, MIXED_TOKENS, 96, False),
-        (LLAMA_8B, BF16, MIXED_TOKENS, 64, True),
+    """Whole heads that turn by halves, then parts of heads, neighbours, and queries with their own tables."""
+    for shape, dtype, num_tokens, rotary_dim, is_interleaved, num_tables in (
+        (LLAMA_1B, BF16, DECODE_TOKENS, 64, False, 2),
+        (QWEN_600M, BF16, DECODE_TOKENS, 128, False, 2),
+        (GEMMA_LIKE, BF16, DECODE_TOKENS, 256, False, 2),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 128, False, 2),
+        (QWEN_600M, eight_bits(card), MIXED_TOKENS, 128, False, 2),
+        (LLAMA_1B, BF16, DECODE_TOKENS, 16, False, 2),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 96, False, 2),
+        (LLAMA_8B, BF16, MIXED_TOKENS, 64, True, 2),
+        (LLAMA_8B, BF16, DECODE_TOKENS, 128, False, 4),
     ):
         num_heads = shape.num_heads + 2 * shape.num_kv_heads
         norm = card.tensor(shape.head_dim, dtype=BF16) if shape.has_qk_norm else None
         cache = cache_of(card, shape, dtype)
         rotary_cache_write(
             card.tensor(num_tokens, num_heads * shape.head_dim, dtype=BF16),
-            card.tensor(2, num_tokens, rotary_dim, dtype=BF16),
+            card.tensor(num_tables, num_tokens, rotary_dim, dtype=BF16),
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             slot_mapping=card.tensor(num_tokens, dtype=torch.int64),
@@ -233,12 +237,15 @@ def attention(card: Card) -> None:
         ),
     )
     bucket = AttentionBucket(num_tokens=MIXED_TOKENS, num_rows=MAX_ROWS, num_decode_rows=0)
-    for shape, dtype, window, softcap, has_alibi in (
-        (LLAMA_1B, BF16, None, None, False),
-        (LLAMA_8B, BF16, None, None, False),
-        (LLAMA_8B, eight_bits(card), None, None, False),
-        (GEMMA_LIKE, BF16, 4096, 50.0, False),
-        (LLAMA_1B, BF16, None, None, True),
+    for shape, dtype, window, softcap, has_alibi, is_causal in (
+        (LLAMA_1B, BF16, None, None, False, True),
+        (LLAMA_8B, BF16, None, None, False, True),
+        (LLAMA_8B, eight_bits(card), None, None, False, True),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False, True),
+        (LLAMA_1B, BF16, None, None, True, True),
+        # Of encoders' and embedders' heads, at numbers of heads whose decode kernels are here already.
+        (LLAMA_1B, BF16, None, None, False, False),
+        (GEMMA_LIKE, BF16, 4096, 50.0, False, False),
     ):
         metadata = backend.plan(inputs, bucket)
         backend.begin_step(metadata)
@@ -252,6 +259,7 @@ def attention(card: Card) -> None:
                 scale=shape.head_dim**-0.5,
                 sliding_window=window,
                 softcap=softcap,
+                is_causal=is_causal,
             ),
             metadata=metadata,
             slopes=card.tensor(shape.num_heads, dtype=torch.float32) if has_alibi else None,

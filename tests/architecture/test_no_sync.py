@@ -90,7 +90,7 @@ ALLOWED = {
     ("graphllm/runner/model_runner.py", "StepHandle.result"): {"tolist"},
     ("graphllm/runner/model_runner.py", "_token_logprob"): {"float", "int", "tolist"},
     ("graphllm/runner/step_reports.py", "read_scores"): {"numpy"},
-    ("graphllm/runner/step_reports.py", "read_embeddings"): {"numpy"},
+    ("graphllm/runner/text_pooling.py", "read_results"): {"numpy"},
     # Pinned memory that is written before it is uploaded.
     ("graphllm/runner/model_runner.py", "StepHandle._open_rows"): {"numpy"},
     ("graphllm/runner/staging.py", "_HostTable.write"): {"numpy"},
@@ -100,7 +100,9 @@ ALLOWED = {
     # Not a tensor's `to` but `_HostTable.to`, which waits for nothing and is looked at itself.
     ("graphllm/runner/staging.py", "upload"): {"to"},
     ("graphllm/runner/staging.py", "_upload_slots"): {"to"},
+    ("graphllm/runner/staging.py", "_HostLines.to"): {"to"},
     ("graphllm/runner/model_runner.py", "ModelRunner._step"): {"to"},
+    ("graphllm/runner/model_runner.py", "ModelRunner._report"): {"to"},
 }
 
 
@@ -193,7 +195,7 @@ def test_allowance_is_used(of_a_step: dict[tuple[str, str], Function], path: str
         ("graphllm/runner/step_program.py", "StepProgram.forward_in_slices"),
         ("graphllm/runner/device_sampler.py", "sample_on_device"),
         ("graphllm/runner/step_reports.py", "score_lines"),
-        ("graphllm/runner/step_reports.py", "download_hidden"),
+        ("graphllm/runner/text_pooling.py", "TextPooling.pool"),
         ("graphllm/runner/graph_runner.py", "GraphRunner.run"),
         ("graphllm/runner/cuda_device.py", "_CudaEvent.query"),
         ("graphllm/runner/cuda_device.py", "_CudaCapture.end"),

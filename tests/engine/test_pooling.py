@@ -55,8 +55,8 @@ class Pooled(Collector):
         (delta,) = self.deltas
         assert (delta.text, delta.token_ids, delta.logprobs) == ("", (), None)
         assert delta.finish_reason is FinishReason.STOP and delta.stop_reason is None
-        assert delta.embedding is not None and delta.embedding.typecode == "f"
-        return delta.embedding
+        assert delta.pooled is not None and delta.pooled.typecode == "f"
+        return delta.pooled
 
 
 def assert_equal_to(reference: PreTrainedModel, found: array[float], token_ids: list[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphllm.kernels.attention_work_list import (
+    ITEM_FIELDS,
     DecodeWorkList,
     PrefillWorkList,
     decode_work_list,
@@ -122,6 +123,7 @@ class Attention:
     num_programs: int = 3
     sliding_window: int | None = None
     softcap: float | None = None
+    is_causal: bool = True
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
 
@@ -138,7 +140,7 @@ class Attention:
         config = prefill_config(head_dim, batch.query.element_size(), batch.key_cache.element_size())
         query_tile = queries_per_item(num_heads, num_kv_heads, config)
         max_items = max_prefill_items(num_tokens, num_rows, query_tile)
-        self.prefill_work = PrefillWorkList(integers(max_items, 4), integers(1), query_tile)
+        self.prefill_work = PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), query_tile)
         self.partials = DecodePartials(
             nans(self.num_entries, num_heads, head_dim), nans(self.num_entries, num_heads, 2)
         )
@@ -177,6 +179,7 @@ class Attention:
                 work=prefill_work_list(*lens, **rows, max_num_rows=MAX_NUM_ROWS, out=self.prefill_work),
                 num_multiprocessors=2,
                 sliding_window=self.sliding_window,
+                is_causal=self.is_causal,
                 **common,
             )
         return out
@@ -194,6 +197,7 @@ class Attention:
             scale=SCALE,
             sliding_window=self.sliding_window,
             softcap=self.softcap,
+            is_causal=self.is_causal,
             sinks=self.sinks,
             slopes=self.slopes,
             key_scale=batch.key_scale,

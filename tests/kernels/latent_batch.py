@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graphllm.kernels.attention_work_list import (
+    ITEM_FIELDS,
     DecodeWorkList,
     PrefillWorkList,
     decode_work_list,
@@ -124,7 +125,7 @@ def attend(
         config = latent_prefill_config(batch.query.element_size(), batch.cache.element_size())
         query_tile = config.queries_per_item(num_heads)
         max_items = max_prefill_items(num_tokens, num_rows, query_tile)
-        items = PrefillWorkList(integers(max_items, 4), integers(1), query_tile)
+        items = PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), query_tile)
         prefill_items = prefill_work_list(*lens, **rows, max_num_rows=MAX_NUM_ROWS, out=items)
         paged_latent_prefill(batch.query, batch.cache, work=prefill_items, num_multiprocessors=2, **common)
     assert out.device.type == DEVICE.type

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import cmath
+import math
 
 import pytest
 import torch
 
-from graphllm.kernels.rotary import rotary_ref, rotary_tables_ref
+from graphllm.kernels.rotary import QueryGrowth, rotary_ref, rotary_tables_ref
 
 
 def tables(
@@ -98,3 +99,13 @@ def test_both_halves_of_the_tables_hold_the_same_angles() -> None:
     assert torch.equal(cos[:, :5], cos[:, 5:])
     assert torch.equal(signed_sin[:, :5], -signed_sin[:, 5:])
     assert torch.allclose(cos**2 + signed_sin**2, torch.tensor(1.25**2))
+
+
+def test_queries_grow_at_every_multiple_of_the_interval_and_keys_do_not() -> None:
+    positions, frequencies = torch.tensor([0, 7, 8, 15, 16, 800]), torch.rand(4)
+    out = torch.full((4, 6, 8), torch.nan)
+    growth = QueryGrowth(growth=0.5, interval=8)
+    rotary_tables_ref(positions, frequencies, scale=1.25, query_growth=growth, out=out)
+    assert torch.equal(out[:2], tables(positions, frequencies, scale=1.25))
+    expected = torch.tensor([1.0 + 0.5 * math.log(n) for n in (1, 1, 2, 2, 3, 101)])
+    torch.testing.assert_close(out[2:], out[:2] * expected[:, None])

@@ -8,6 +8,7 @@ import torch
 
 from graphllm.kernels.attention_work_list import (
     GRANULE,
+    ITEM_FIELDS,
     DecodeWorkList,
     PrefillWorkList,
     decode_work_list,
@@ -76,7 +77,7 @@ def entries_of_programs(work: DecodeWorkList) -> list[list[int]]:
 def cut_up(rows: Rows, query_tile: int) -> tuple[list[list[int]], int]:
     """The items that are there, and for how many there was room."""
     max_items = max_prefill_items(sum(query_len for query_len, _ in rows), len(rows), query_tile)
-    out = PrefillWorkList(integers(max_items, 4), integers(1), query_tile)
+    out = PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), query_tile)
     work = prefill_work_list(**tensors_of(rows), max_num_rows=64, out=out)
     num_items = int(work.num_items)
     assert (work.items[num_items:] == -7).all()
@@ -95,7 +96,7 @@ def test_lists_are_those_of_the_references(seed: int, sliding_window: int | None
     assert torch.equal(actual.cuts, expected.cuts)
     items, max_items = cut_up(rows, 5)
     expected_items = prefill_work_list_ref(
-        **tensors_of(rows), out=PrefillWorkList(integers(max_items, 4), integers(1), 5)
+        **tensors_of(rows), out=PrefillWorkList(integers(max_items, ITEM_FIELDS), integers(1), 5)
     )
     assert items == expected_items.items[: len(items)].tolist()
     assert len(items) == int(expected_items.num_items)
@@ -167,12 +168,12 @@ def test_every_query_of_a_prefill_row_is_in_one_item(seed: int, query_tile: int)
     tensors = tensors_of(rows)
     items, _ = cut_up(rows, query_tile)
     found = [
-        (token + i, position + i, slot)
-        for token, num_queries, position, slot in items
+        (token + i, position + i, slot, length)
+        for token, num_queries, position, slot, length in items
         for i in range(num_queries)
     ]
     expected = [
-        (start + i, context_len - query_len + i, slot)
+        (start + i, context_len - query_len + i, slot, context_len)
         for (query_len, context_len), start, slot in zip(
             rows, tensors["query_starts"].tolist()[:-1], tensors["row_slots"].tolist(), strict=True
         )
@@ -180,8 +181,8 @@ def test_every_query_of_a_prefill_row_is_in_one_item(seed: int, query_tile: int)
         for i in range(query_len)
     ]
     assert sorted(found) == sorted(expected)
-    assert all(0 < num_queries <= query_tile for _, num_queries, _, _ in items)
-    lengths = [position + num_queries for _, num_queries, position, _ in items]
+    assert all(0 < num_queries <= query_tile for _, num_queries, _, _, _ in items)
+    lengths = [position + num_queries for _, num_queries, position, _, _ in items]
     assert lengths == sorted(lengths, reverse=True)
 
 

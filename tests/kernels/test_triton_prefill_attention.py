@@ -57,6 +57,35 @@ def test_prefill_rows_equal_the_reference(case: dict[str, Any]) -> None:
     assert_attended(attention.run(decode=False), attention.expected())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "group", "head_dim", "sliding_window"),
+    [
+        (torch.bfloat16, None, 1, 64, None),
+        (torch.float32, None, 3, 80, 40),
+        (torch.bfloat16, torch.int8, 2, 256, 9),
+        (torch.float16, None, 4, 64, 1000),
+    ],
+)
+def test_whole_prompts_that_see_all_of_themselves(
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    group: int,
+    head_dim: int,
+    sliding_window: int | None,
+) -> None:
+    """Of several items each, among them one whose last item sees keys of every other one."""
+    batch = attention_batch(
+        [(1, 1), (150, 150), (2, 2), (64, 64), (0, 0)],
+        group=group,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+    )
+    attention = Attention(batch, sliding_window=sliding_window, is_causal=False)
+    assert_attended(attention.run(), attention.expected())
+
+
 @pytest.mark.parametrize("sliding_window", [None, 100])
 def test_rows_of_many_tiles(sliding_window: int | None) -> None:
     """More pairs of items and heads than programs, so that programs turn around and come back."""

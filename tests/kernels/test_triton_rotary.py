@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from graphllm.kernels.rotary import rotary_tables, rotary_tables_ref
+from graphllm.kernels.rotary import QueryGrowth, rotary_tables, rotary_tables_ref
 from tests.kernels.device import DEVICE
 
 pytestmark = pytest.mark.triton
@@ -78,3 +78,19 @@ def test_tables_are_rounded_to_the_models_dtype_after_scaling(dtype: torch.dtype
 
 def test_no_tokens_are_no_work() -> None:
     assert tables(torch.zeros(0, dtype=torch.int64), model_frequencies(64), scale=1.0).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("interval", [16384, 1000])
+def test_tables_of_growing_queries_are_the_references_on_both_sides_of_every_step(interval: int) -> None:
+    multiples = torch.arange(0, 131072, interval)
+    positions = torch.cat((multiples, multiples[1:] - 1, multiples + 1))
+    frequencies, growth = model_frequencies(80), QueryGrowth(growth=0.1, interval=interval)
+    found, expected = (torch.full((4, len(positions), 80), torch.nan) for _ in range(2))
+    on_device = torch.empty_like(found, device=DEVICE)
+    rotary_tables(positions.to(DEVICE), frequencies.to(DEVICE), scale=1.2, query_growth=growth, out=on_device)
+    found.copy_(on_device)
+    rotary_tables_ref(positions, frequencies, scale=1.2, query_growth=growth, out=expected)
+    assert (found - expected).abs().max() < 4e-6
+    assert torch.equal(found[:2].cpu(), tables(positions, frequencies, scale=1.2))
+    early = positions < interval
+    assert torch.equal(found[2:, early], found[:2, early])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graphllm.kernels.kv_quantization import LARGEST_STORED, dequantize_kv_ref, quantize_kv_ref
-from graphllm.kernels.rotary import rotary_tables_ref
+from graphllm.kernels.rotary import QueryGrowth, rotary_tables_ref
 from graphllm.kernels.rotary_cache_write import rotary_cache_write, rotary_cache_write_ref
 from tests.kernels.device import DEVICE
 
@@ -39,6 +39,7 @@ class Step:
     num_padding: int = 0
     rotary_dim: int = 0  # 0 for the whole head
     is_interleaved: bool = False
+    query_growth: QueryGrowth | None = None
     qkv: torch.Tensor = field(init=False, repr=False)
     tables: torch.Tensor | None = field(init=False, repr=False, default=None)
     options: dict[str, Any] = field(init=False, repr=False)
@@ -55,7 +56,13 @@ class Step:
                 torch.randint(5000, (self.num_tokens,)),
                 torch.rand((self.rotary_dim or self.head_dim) // 2),
                 scale=1.25,
-                out=torch.empty(2, self.num_tokens, self.rotary_dim or self.head_dim, dtype=self.dtype),
+                query_growth=self.query_growth,
+                out=torch.empty(
+                    2 if self.query_growth is None else 4,
+                    self.num_tokens,
+                    self.rotary_dim or self.head_dim,
+                    dtype=self.dtype,
+                ),
             ).to(DEVICE)
         num_blocks = self.num_tokens // self.block_size + 3
         slots = self.block_size + torch.randperm((num_blocks - 1) * self.block_size)[: self.num_tokens]
@@ -121,6 +128,8 @@ STEPS = [
     Step(2, 4, 1, 12, dtype=F32, rotary_dim=2, norm="1 + weight"),
     Step(3, 4, 2, 64, dtype=F32, is_interleaved=True),
     Step(3, 4, 2, 96, dtype=F16, is_interleaved=True, rotary_dim=48, norm="weight", num_padding=1),
+    Step(3, 4, 2, 80, dtype=F32, query_growth=QueryGrowth(growth=0.5, interval=100), num_padding=1),
+    Step(261, 8, 2, 64, dtype=BF16, query_growth=QueryGrowth(growth=0.5, interval=100), norm="weight"),
     Step(260, 4, 2, 64, dtype=BF16, is_interleaved=True, rotary_dim=32),
     Step(261, 3, 1, 64, dtype=BF16, num_padding=3),
     Step(259, 10, 10, 128, dtype=F32, norm="weight", block_size=64, num_padding=1),
@@ -131,7 +140,8 @@ def name_of(step: Step) -> str:
     dtypes = f"{step.dtype}-{step.cache_dtype}".replace("torch.", "")
     heads = f"{step.num_heads}-{step.num_kv_heads}-{step.head_dim}"
     turn = f"{step.rotary_dim}-{'neighbours' if step.is_interleaved else 'halves'}"
-    return f"{step.num_tokens}-{heads}-{dtypes}-{step.norm or 'no norm'}-{turn}"
+    growth = "" if step.query_growth is None else "-growing queries"
+    return f"{step.num_tokens}-{heads}-{dtypes}-{step.norm or 'no norm'}-{turn}{growth}"
 
 
 @pytest.mark.parametrize("step", STEPS, ids=name_of)

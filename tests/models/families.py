@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
+from graphllm.kernels.rotary import QueryGrowth
 from graphllm.layers.norm import NormConfig
 from graphllm.layers.rotary import LongRopeScaling, RotaryConfig
 from graphllm.models.config import ModelConfig
@@ -33,7 +34,8 @@ Mutation = tuple[str, ConfigMutation] | tuple[str, WeightMutation]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyCases:
-    """One family. name and models: for the documentation. architecture: transformers' class.
+    """One family. name and models: for the documentation. architecture: transformers' class;
+    older_architectures: what files called it before transformers had it.
 
     shape: the tiny configuration that all variants start from, and base what the family adds to it.
     config_mutants and weight_mutants: what is wrong, to the variant and the change.
@@ -42,6 +44,7 @@ class FamilyCases:
     name: str
     models: str
     architecture: str
+    older_architectures: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
     shape: Mapping[str, Any] = field(default_factory=lambda: TINY_SHAPE)
     variants: Mapping[str, Mapping[str, Any]]
@@ -119,6 +122,8 @@ LONG_ROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+GROWTH = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 16}
+
 # test_llama_equality.py has more of it.
 LLAMA = FamilyCases(
     name="Llama",
@@ -160,6 +165,33 @@ MINISTRAL = FamilyCases(
     config_mutants={
         "no window": ("a window in every other layer", NO_WINDOW),
         "the other layer's window": ("a window in every other layer", reversed_layers),
+    },
+)
+MINISTRAL3 = FamilyCases(
+    name="Ministral 3",
+    models="Devstral 2 123B, and the text models in Ministral 3",
+    architecture="Ministral3ForCausalLM",
+    base={"head_dim": 12},
+    variants={
+        "queries grow, yarn": {"rope_parameters": YARN | GROWTH},
+        "queries grow, a window, tied": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0} | GROWTH,
+            "tie_word_embeddings": True,
+            **WINDOW,
+        },
+    },
+    config_mutants={
+        "no growth": ("queries grow, yarn", rotary(query_growth=None)),
+        "growth from a later position on": (
+            "queries grow, yarn",
+            rotary(query_growth=QueryGrowth(growth=0.3, interval=17)),
+        ),
+        "another growth": (
+            "queries grow, a window, tied",
+            rotary(query_growth=QueryGrowth(growth=0.35, interval=16)),
+        ),
+        "no window": ("queries grow, a window, tied", NO_WINDOW),
+        "no stretching": ("queries grow, yarn", rotary(scaling=None)),
     },
 )
 QWEN2 = FamilyCases(
@@ -392,6 +424,26 @@ OLMO3 = FamilyCases(
         "no window": ("every fourth layer full", NO_WINDOW),
         "the first layer full": ("every fourth layer full", reversed_layers),
         "no stretching": ("stretched frequencies of full layers", rotary(scaling=None)),
+    },
+)
+SEED_OSS = FamilyCases(
+    name="Seed-OSS",
+    models="Seed-OSS 36B",
+    architecture="SeedOssForCausalLM",
+    base={"head_dim": 16},
+    variants={
+        "biases of queries, keys and values": {},
+        "biases of all others, tied": {
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    config_mutants={
+        "no biases": ("biases of queries, keys and values", change(attention_bias=False)),
+        "no bias behind attention": ("biases of all others, tied", change(attention_output_bias=False)),
+        "no biases within the feed-forward layer": ("biases of all others, tied", change(mlp_bias=False)),
     },
 )
 SMOLLM3 = FamilyCases(
@@ -656,6 +708,7 @@ FALCON = FamilyCases(
     name="Falcon",
     models="Falcon 7B, 11B, 40B and 180B, Falcon-RW",
     architecture="FalconForCausalLM",
+    older_architectures=("RWForCausalLM",),
     shape=OWN_INNER_SHAPE,
     base={"layer_norm_epsilon": 1e-2, "ffn_hidden_size": 80, "tie_word_embeddings": True},
     variants={
@@ -703,6 +756,7 @@ FAMILIES = (
     LLAMA,
     MISTRAL,
     MINISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     GEMMA,
@@ -714,6 +768,7 @@ FAMILIES = (
     OLMO2,
     OLMO3,
     SMOLLM3,
+    SEED_OSS,
     COHERE,
     COHERE2,
     GLM,

@@ -52,6 +52,14 @@ def granite_multipliers(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config["logits_scaling"])
 
 
+def growing_queries(writer: gguf.GGUFWriter, config: Config) -> None:
+    llama_dimensions(writer, config)
+    rope = config["rope_parameters"]
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    if "mscale_all_dim" in rope:
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+
+
 def gemma2_caps(writer: gguf.GGUFWriter, config: Config) -> None:
     for cap, add in (
         (config["attn_logit_softcapping"], writer.add_attn_logit_softcapping),
@@ -207,6 +215,21 @@ CASES = [
         **LLAMA_STYLE,
     ),
     *cases("llama", dense.MISTRAL, "full attention", **LLAMA_STYLE),
+    *cases(
+        "mistral3",
+        dense.MINISTRAL3,
+        "queries grow, yarn",
+        changes=(permuted,),
+        extra=growing_queries,
+    ),
+    *cases(
+        "mistral3",
+        dense.MINISTRAL3,
+        "queries grow, yarn",
+        keys={"rope_parameters": dense.YARN | dense.GROWTH | {"mscale": 0.8, "mscale_all_dim": 0.8}},
+        changes=(permuted,),
+        extra=growing_queries,
+    ),
     *cases("llama", sparse.MIXTRAL, "three of five experts", **LLAMA_STYLE),
     *cases(
         "smollm3",

@@ -76,7 +76,7 @@ def redraw(model: PreTrainedModel, *, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-            if "norm" in name or "ln_" in name:
+            if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # a weight, but that no gradient reaches it
@@ -93,7 +93,7 @@ def as_checkpoint(model: PreTrainedModel) -> MemoryCheckpoint:
     """What `save_pretrained` would write: a tied head is not stored."""
     stored = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {name: tensor.detach().clone() for name, tensor in stored.items()}
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
         head = f"{head_name(model)}.weight"  # behind "language_model." in files of some models
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(head)}
     hf_config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}

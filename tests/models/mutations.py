@@ -11,6 +11,7 @@ from tests.models.equality import WeightMutation
 
 def without_head_of_its_own(model: Decoder) -> None:
     """The embedding in place of the head."""
+    assert model.head is not None
     model.head.get_parameter("weight").copy_(model.embedding.weight)
 
 

@@ -86,6 +86,12 @@ class PagedModel:
             self._spoil_behind_windows(slot)
         return logits
 
+    @torch.inference_mode()
+    def hidden(self, num_tokens: int) -> torch.Tensor:
+        """The last step's final hidden states, [num_tokens, hidden_size]; it had so many tokens."""
+        tokens = torch.arange(num_tokens)
+        return self.model.final_hidden(tokens, num_tokens=num_tokens, arena=self._arena).clone()
+
     def _spoil_behind_windows(self, slot: int) -> None:
         for layer, config in zip(self.layers, self.model.config.layers, strict=True):
             if config.sliding_window is not None:

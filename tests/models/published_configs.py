@@ -12,6 +12,7 @@ from tests.models.published_dense_configs import (
     GLM_MODELS,
     GRANITE_MODELS,
     OLMO_MODELS,
+    SEED_OSS_MODELS,
     SMOLLM3_MODELS,
 )
 from tests.models.published_gemma_configs import GEMMA_MODELS, PHI_3_MODELS
@@ -30,6 +31,7 @@ from tests.models.published_older_configs import (
     STABLELM_MODELS,
     STARCODER2_MODELS,
 )
+from tests.models.published_pooled_configs import BERT_MODELS, DECODERS_WITHOUT_HEAD, ROBERTA_MODELS
 from tests.models.published_text_parts import TEXT_PART_MODELS
 
 PUBLISHED_MODELS = (
@@ -45,6 +47,7 @@ PUBLISHED_MODELS = (
     *COHERE_MODELS,
     *GLM_MODELS,
     *SMOLLM3_MODELS,
+    *SEED_OSS_MODELS,
     *GPT2_MODELS,
     *OPT_MODELS,
     *GPT_NEOX_MODELS,
@@ -55,4 +58,7 @@ PUBLISHED_MODELS = (
     *GPT_OSS_AND_OTHER_MODELS,
     *DEEPSEEK_MODELS,
     *TEXT_PART_MODELS,
+    *BERT_MODELS,
+    *ROBERTA_MODELS,
+    *DECODERS_WITHOUT_HEAD,
 )

@@ -62,6 +62,43 @@ MISTRAL_SMALL_31: dict[str, Any] = {
     "vision_config": {"hidden_size": 1024, "image_size": 1540, "model_type": "pixtral", "patch_size": 14},
     "vision_feature_layer": -1,
 }
+
+
+def ministral_3(*sizes: int, layers: int, is_tied: bool = False) -> dict[str, Any]:
+    """sizes: of hidden states and within the feed-forward layer."""
+    text = {
+        **shape(*sizes, layers=layers, heads=32, key_heads=8),
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 262144,
+        "model_type": "ministral3",
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "use_cache": True,
+        "vocab_size": 131072,
+    }
+    return MISTRAL_SMALL_31 | {
+        "dtype": "bfloat16",
+        "text_config": text | ({"tie_word_embeddings": True} if is_tied else {}),
+        "tie_word_embeddings": is_tied,
+        "transformers_version": "5.0.0.dev0",
+    }
+
+
 TEXT_PART_MODELS = (
     PublishedModel("google/gemma-3-4b-it", 3_880_099_328, gemma_3(2560, layers=34)),
     PublishedModel(
@@ -82,4 +119,8 @@ TEXT_PART_MODELS = (
         ),
     ),
     PublishedModel("mistralai/Mistral-Small-3.1-24B-Instruct-2503", 23_572_403_200, MISTRAL_SMALL_31),
+    PublishedModel(
+        "mistralai/Ministral-3-3B-Base-2512", 3_429_000_000, ministral_3(3072, 9216, layers=26, is_tied=True)
+    ),
+    PublishedModel("mistralai/Ministral-3-8B-Base-2512", 8_490_000_000, ministral_3(4096, 14336, layers=34)),
 )

@@ -197,6 +197,29 @@ def test_code_is_fetched_only_when_it_is_asked_for(served: Served) -> None:
     assert (fetch_hub_model(model, with_weights=False, with_code=True) / "modeling.py").is_file()
 
 
+def test_modules_behind_the_model_are_fetched_too(served: Served) -> None:
+    """sentence-transformers' folders: configurations, and the weights of Dense layers with the others."""
+    files = {
+        "modules.json": b"[]",
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": b"dense",
+    }
+    others = {
+        "2_Dense/pytorch_model.bin": b"pickle",
+        "onnx/config.json": b"{}",
+        "onnx/model.safetensors": b"x",
+    }
+    served.hub.repositories[NAME].commits[FIRST] |= files | others
+    folder = resolve_model(EngineConfig(model=NAME, load_format="dummy"))
+    assert (folder / "1_Pooling/config.json").is_file() and not (
+        folder / "2_Dense/model.safetensors"
+    ).exists()
+    folder = resolve_model_path(NAME)
+    assert all((folder / name).read_bytes() == content for name, content in files.items())
+    assert not any((folder / name).exists() for name in others)
+
+
 def test_a_single_file_goes_before_an_index_as_in_a_folder(served: Served) -> None:
     served.repository.commits[FIRST]["model.safetensors"] = save({"a": torch.ones(2)})
     folder = resolve_model_path(NAME)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from graphllm.models.registry import FAMILIES
+from tests.models.pooled_families import CASES
 from tools.update_model_table import MODELS, PROVEN_FAMILIES, with_current_families
 
 
@@ -24,9 +25,19 @@ def test_a_page_without_the_marks_is_no_place_for_the_table() -> None:
 
 def test_every_architecture_that_is_served_is_proven() -> None:
     served = [name for family in FAMILIES for name in family.architectures]
-    proven = {family.architecture for family in PROVEN_FAMILIES}
+    proven = {
+        name for family in PROVEN_FAMILIES for name in (family.architecture, *family.older_architectures)
+    }
+    pooled = {case.architecture for case in CASES.values()}
     assert len(served) == len(set(served))
-    assert set(served) == proven
+    assert set(served) == proven | pooled
+    assert {name for family in FAMILIES if family.pooling for name in family.architectures} == pooled
+
+
+def test_the_guide_names_every_architecture_of_vectors_and_scores() -> None:
+    guide = MODELS.with_name("embeddings.md").read_text(encoding="utf-8")
+    for case in CASES.values():
+        assert f"`{case.architecture}`" in guide
 
 
 def test_no_two_families_have_the_same_name() -> None:

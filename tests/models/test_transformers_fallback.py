@@ -24,7 +24,7 @@ from graphllm.errors import CheckpointError, ConfigError
 from graphllm.llm import LLM
 from graphllm.models.checkpoint import open_checkpoint, open_model
 from graphllm.models.registry import FAMILIES
-from graphllm.models.transformers_attention import AttentionOutline, UnservableAttention
+from graphllm.models.transformers_attention import AbsentAttention, AttentionOutline, UnservableAttention
 from graphllm.models.transformers_fallback import Fallback, find_fallback
 from graphllm.sampling_params import SamplingParams
 from tests.models.equality import TOLERANCE, error, prompt, theirs
@@ -47,6 +47,8 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 WINDOWS = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
 # Architecture, without the words that all share, and what its configuration has beside TINY.
 SERVED: dict[str, dict[str, Any]] = {
     "Arcee": {},
@@ -59,7 +61,16 @@ SERVED: dict[str, dict[str, Any]] = {
     "Nemotron": {},
     "Olmo": {"clip_qkv": 0.5},
     "Persimmon": {"num_key_value_heads": 4},
-    "SeedOss": {"head_dim": 16},
+    "HunYuanDenseV1": {"head_dim": 16},
+    # Experts, which published files keep one by one and modules together.
+    "Afmoe": EXPERTS | {"num_experts": 4, "num_dense_layers": 1, "head_dim": 20, **WINDOWS},
+    "Ernie4_5_Moe": EXPERTS | {"moe_num_experts": 11, "moe_k": 2, "moe_layer_start_index": 1},
+    "Phimoe": {"num_local_experts": 4},
+    # Keys wider than values, and values wider than keys.
+    "MiniCPM3": LATENT | {"q_lora_rank": 24, "v_head_dim": 8},
+    "Glm4MoeLite": LATENT | EXPERTS | {"n_routed_experts": 4, "q_lora_rank": None, "v_head_dim": 20},
+    # A head that asks its model for attention to something else.
+    "GPTBigCode": {"n_inner": 80},
     # Declared, but the only ones with a cap on scores and with a multiplier behind the head.
     "Gemma2": {**WINDOWS, "head_dim": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20},
     "Cohere": {"logit_scale": 0.3, "tie_word_embeddings": True},
@@ -178,7 +189,7 @@ def test_a_module_that_no_graph_may_hold_says_why(tmp_path: Path, monkeypatch: p
 def test_they_have_no_declaration() -> None:
     declared = {name for family in FAMILIES for name in family.architectures}
     undeclared = {name for name in SERVED if f"{name}ForCausalLM" not in declared}
-    assert len(undeclared) >= 8, "take other architectures that transformers has and we have not"
+    assert len(undeclared) >= 12, "take other architectures that transformers has and we have not"
 
 
 @pytest.mark.parametrize(
@@ -234,9 +245,11 @@ def test_attention_that_the_paged_one_would_compute_otherwise_is_noticed(
     outline.attend(module, query, key, key, mask=chunks(7, 7), arguments={"dropout": 0.0})
     with pytest.raises(UnservableAttention, match=reason):
         outline.attend(module, query, key, key, mask=mask, arguments=arguments)
-    with pytest.raises(UnservableAttention, match="keys and values have different sizes"):
-        outline.attend(module, query, key, key[..., :4], mask=None, arguments={})
+    with pytest.raises(UnservableAttention, match="not as many keys as values"):
+        outline.attend(module, query, key, key[:, :1], mask=None, arguments={})
     assert len(outline.specs) == 1
+    with pytest.raises(UnservableAttention, match="choose by themselves what a token sees"):
+        AbsentAttention().attend(module, query, key, key, mask=chunks(7, 7), arguments={})
 
 
 # What is no decoder with the paged attention's mathematics: configuration beside TINY, and the reason.
@@ -246,6 +259,8 @@ UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
     "Mamba": ({"state_size": 4}, "architecture 'MambaForCausalLM' is not supported"),
     "Llama4": ({"attention_chunk_size": 4, "num_local_experts": 2, "head_dim": 12}, "is not supported"),
     "DiffLlama": ({}, "of its 2 layers call transformers' attention interface"),
+    "Zaya": ({"num_experts": 4, "num_experts_per_tok": 1, "head_dim": 12}, "carry more from token to token"),
+    "XLMRoberta": ({"is_decoder": True}, "its positions do not count from 0"),
 }
 
 
@@ -339,6 +354,39 @@ def test_tensors_are_accounted_for_as_strictly_as_ours(tmp_path: Path) -> None:
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     save_file({**stored, **frequencies}, folder / "model.safetensors", metadata={"format": "pt"})
     paged(fallback(folder))
+
+
+def test_experts_are_accounted_for_one_by_one(tmp_path: Path) -> None:
+    """The module has them in one tensor: a gap would shift all behind it."""
+    folder = save(tiny("Ernie4_5_Moe"), tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    gate = "model.layers.1.mlp.experts.{}.gate_proj.weight"
+    assert stored[gate.format(10)].shape == (32, 48)
+    without_last = {key: value for key, value in stored.items() if key != gate.format(10)}
+    for changed, reason in (
+        (
+            {key: value for key, value in stored.items() if key != gate.format(0)},
+            f"{gate.format(0)!r} is miss",
+        ),
+        (
+            {key: value for key, value in stored.items() if key != gate.format(2)},
+            f"{gate.format(2)!r} is miss",
+        ),
+        (without_last, f"{gate.format(0)!r}, "),
+        ({**stored, gate.format(11): torch.ones(32, 48)}, f"{gate.format(0)!r}, "),
+        ({**stored, gate.format(1): torch.ones(32, 47)}, f"{gate.format(0)!r}, "),
+        ({**stored, gate.format(1): torch.ones(32, 48, dtype=torch.int8)}, f"{gate.format(1)!r} holds int8"),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert reason in refusal(folder)
+
+
+def test_a_tensor_of_two_names_is_refused(tmp_path: Path) -> None:
+    folder = save(tiny("Arcee"), tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    twice = {**stored, "norm.weight": stored["model.norm.weight"].clone()}
+    save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "'model.norm.weight', 'norm.weight' are both 'model.norm.weight'" in refusal(folder)
 
 
 def test_who_computes_is_chosen_by_the_flag(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ run on the CPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from tests.models.families import FAMILIES
 from tests.models.memory_checkpoint import as_checkpoint
 from tests.models.moe_families import MOE_FAMILIES
 from tests.models.paged_model import BLOCK_SIZE, PagedModel
+from tests.models.pooled_families import CASES
 
 pytestmark = pytest.mark.triton
 
@@ -63,3 +67,23 @@ def test_kernels_equal_transformers(name: str, variant: str) -> None:
     found.append(ours.step([(0, token_ids[7:8]), (1, token_ids[:3])])[:1])
     found.append(ours.step([(0, token_ids[8:])], num_decode_rows=1))
     assert error(torch.cat(found), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("BERT", {}), ("EmbeddingGemma", {"sliding_window": 6, "num_hidden_layers": 6, "layer_types": None})],
+)
+def test_kernels_that_see_whole_prompts_equal_transformers(name: str, keys: dict[str, Any]) -> None:
+    case, arena = CASES[name], Arena(CPU)
+    model = replace(case, keys={**case.keys, **keys}).tiny()
+    backend = TritonPagedAttention(
+        block_size=BLOCK_SIZE, arena=arena, max_num_rows=2, max_model_len=64, num_multiprocessors=1
+    )
+    decoder = load_model(
+        as_checkpoint(model), backend=backend, device=CPU, dtype=torch.float32, product=linear_ref
+    )
+    ours, token_ids = PagedModel(decoder, backend, arena=arena), prompt(9, seed=1)
+    ours.step([(0, token_ids[:1]), (1, token_ids)])
+    found = ours.hidden(10)
+    for part, ids in ((found[:1], token_ids[:1]), (found[1:], token_ids)):
+        assert error(part, model(torch.tensor([ids])).last_hidden_state[0].detach()) < TOLERANCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.models.equality import change, layers, rotary
-from tests.models.families import NO_WINDOW, WINDOW, FamilyCases, qk_norm
+from tests.models.families import GROWTH, NO_WINDOW, WINDOW, YARN, FamilyCases, qk_norm
 from tests.models.memory_checkpoint import TINY_SHAPE
 from tests.models.mutations import without_head_of_its_own
 
@@ -61,16 +61,18 @@ GEMMA3_TEXT_PART = FamilyCases(
 )
 MISTRAL3_TEXT_PART = FamilyCases(
     name="Mistral 3 with images",
-    models="Mistral Small 3.1 and 3.2, Magistral Small, Devstral Small; text only",
+    models="Mistral Small 3.1 and 3.2, Magistral Small, Devstral Small 1 and 2, Ministral 3; text only",
     architecture="Mistral3ForConditionalGeneration",
     shape={"attn_implementation": "eager"},
     base={"vision_config": TINY_EYE | {"head_dim": 8, "model_type": "pixtral"}},
     variants={
         "full attention": mistral_text(),
         "a window": mistral_text(**WINDOW),
+        "queries grow": mistral_text(model_type="ministral3", rope_parameters=YARN | GROWTH),
     },
     config_mutants={
         "no window": ("a window", NO_WINDOW),
+        "no growth": ("queries grow", rotary(query_growth=None)),
         "turns by another base": ("full attention", rotary(theta=10.0)),
         "scale of the hidden size": ("full attention", change(attention_scale=12**-0.5)),
     },

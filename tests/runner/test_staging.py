@@ -6,6 +6,7 @@ import torch
 
 from graphllm.attention.backend import AttentionBucket
 from graphllm.batch import SamplePair, ScheduledBatch, ScheduledRow, SlotInstall
+from graphllm.models.pooling import PoolingConfig
 from graphllm.runner.device import InlineDevice
 from graphllm.runner.memory_plan import StepLimits
 from graphllm.runner.staging import StagingRing, upload
@@ -45,8 +46,7 @@ def test_siblings_share_one_copy_of_their_prompt_and_each_slot_has_its_own_token
         LIMITS,
         max_num_seqs=8,
         padding_slot=8,
-        hidden_size=4,
-        dtype=torch.float32,
+        pooling=PoolingConfig(purpose="generate", method="last", hidden_size=4),
         device=InlineDevice(),
     )
     buffers = StepBuffers(LIMITS, max_num_seqs=8, vocab_size=300, device=torch.device("cpu"))

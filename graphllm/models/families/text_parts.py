@@ -1,4 +1,4 @@
-"""The text part of models that see images as well: Gemma 3 4B to 27B, Mistral Small 3.1 and 3.2.
+"""The text part of models that see images as well: Gemma 3 4B to 27B, Mistral Small 3.1 and 3.2, Ministral 3.
 
 It is a model of text by itself, kept in `text_config` and under names of its own. What reads images is
 not loaded, and requests with images are refused as for any other model of text.
@@ -12,7 +12,7 @@ from typing import Any
 
 from graphllm.models.config import ModelConfig
 from graphllm.models.families.gemma import GEMMA3
-from graphllm.models.families.mistral import MISTRAL
+from graphllm.models.families.mistral import MINISTRAL3, MISTRAL
 from graphllm.models.family import Family
 from graphllm.models.hf_config import HFConfig
 
@@ -50,14 +50,19 @@ _GEMMA3_DEFAULTS = {
 }
 
 
-def _reader(family: Family, *, defaults: Mapping[str, Any]) -> Callable[[HFConfig], ModelConfig]:
-    """Reads `text_config` as the family does; tokens, ties and the number format may stand outside it."""
+def _reader(
+    families: Mapping[str, Family], *, defaults: Mapping[str, Any]
+) -> Callable[[HFConfig], ModelConfig]:
+    """Reads `text_config` as the family of its `model_type` does, the first where it has none; tokens, ties
+    and the number format may stand outside it.
+    """
 
     def read_config(config: HFConfig) -> ModelConfig:
         for key in _KEYS_OF_IMAGES:
             config.get(key)
         outside = {"tie_word_embeddings": config.get("tie_word_embeddings")}
         text = config.section("text_config", defaults={**defaults, **outside})
+        family: Family = text.choice("model_type", families, default=next(iter(families)))
         base = family.read_config(text)
         text.check_understood()
         config.expect("tie_word_embeddings", base.tie_word_embeddings)
@@ -72,17 +77,21 @@ def _reader(family: Family, *, defaults: Mapping[str, Any]) -> Callable[[HFConfi
     return read_config
 
 
-def text_part(family: Family, *, architecture: str, defaults: Mapping[str, Any] | None = None) -> Family:
-    """`family` inside a model of this architecture. defaults: what `text_config` means where it is silent.
+def text_part(
+    families: Mapping[str, Family], *, architecture: str, defaults: Mapping[str, Any] | None = None
+) -> Family:
+    """These families inside a model of this architecture, by `model_type`; their tensors are called alike.
 
+    defaults: what `text_config` means where it is silent.
     Published files call "language_model.model.X" what the family calls "model.X"; transformers 5 also
     writes "model.language_model.X".
     """
+    family = next(iter(families.values()))
     names = family.weight_names
     return replace(
         family,
         architectures=(architecture,),
-        read_config=_reader(family, defaults=defaults or {}),
+        read_config=_reader(families, defaults=defaults or {}),
         weight_names={module: f"language_model.{name}" for module, name in names.items()},
         alternative_names={
             module: name.replace("model.", "model.language_model.", 1) for module, name in names.items()
@@ -94,5 +103,9 @@ def text_part(family: Family, *, architecture: str, defaults: Mapping[str, Any] 
     )
 
 
-GEMMA3_TEXT_PART = text_part(GEMMA3, architecture="Gemma3ForConditionalGeneration", defaults=_GEMMA3_DEFAULTS)
-MISTRAL3_TEXT_PART = text_part(MISTRAL, architecture="Mistral3ForConditionalGeneration")
+GEMMA3_TEXT_PART = text_part(
+    {"gemma3_text": GEMMA3}, architecture="Gemma3ForConditionalGeneration", defaults=_GEMMA3_DEFAULTS
+)
+MISTRAL3_TEXT_PART = text_part(
+    {"mistral": MISTRAL, "ministral3": MINISTRAL3}, architecture="Mistral3ForConditionalGeneration"
+)

@@ -83,6 +83,7 @@ class ServedModel:
 
         Raises InvalidRequestError, its `param` in the words of `ChatRequest`, and ContextLengthError.
         """
+        self.engine.check_generates()
         return self._chats.prepare(chat)
 
     def check_name(self, name: str) -> None:

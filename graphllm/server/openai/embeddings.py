@@ -1,8 +1,8 @@
-"""POST /v1/embeddings: one vector for each input, from whatever decoder is served.
+"""POST /v1/embeddings: one vector for each input.
 
-Owns the route and its JSON. A vector is the hidden state of an input's last token after the model's final
-norm, brought to length 1. Decoders that were not trained for it give vectors of modest use; they are given
-all the same, because that is what was asked for.
+Owns the route and its JSON. What a vector is, and which prompt stands in front of a text, is what the model
+was published with. Decoders that were not trained for it give the hidden state of the last token, brought to
+length 1: vectors of modest use, given all the same, because that is what was asked for.
 """
 
 from __future__ import annotations
@@ -12,41 +12,36 @@ import logging
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
-from uuid import uuid4
 
 import orjson
 from msgspec import Meta
 
-from graphllm.errors import EngineUnavailableError, GraphLLMError, InvalidRequestError
-from graphllm.outputs import FinishReason, SequenceDelta, l2_normalized
-from graphllm.sampling_params import SamplingParams
-from graphllm.server.error_responses import send_error
+from graphllm.errors import InvalidRequestError
+from graphllm.models.pooled_texts import find_prompt
+from graphllm.models.pooling import PoolingConfig
+from graphllm.outputs import l2_normalized
 from graphllm.server.generation.admission import Admission
 from graphllm.server.generation.decoding import BodyDecoder
 from graphllm.server.generation.fields import KnownField
-from graphllm.server.generation.prompts import encoded_prompts, truncation
-from graphllm.server.generation.request import RequestWarning
+from graphllm.server.generation.pooled_replies import PooledReply
+from graphllm.server.generation.pooled_texts import pooled_inputs, pooled_truncation, text_encoder
 from graphllm.server.generation.served_model import ModelBody, ServedModel
 from graphllm.server.http import Request, Response
 
 logger = logging.getLogger(__name__)
 
-_PARAMS = SamplingParams(max_tokens=0)
-
 EMBEDDING_FIELDS: Final[Mapping[str, KnownField]] = {
     "additional_data": KnownField(note="vLLM's extra data has no use here."),
-    "dimensions": KnownField(note="Vectors have the model's own size; it was not trained to be cut short."),
     "embed_dtype": KnownField(neutral=("float32",), note="Vectors are float32."),
     "embed_override_token_id": KnownField(note="Inputs are texts or token ids."),
     "embed_overrides": KnownField(note="Inputs are texts or token ids."),
     "endianness": KnownField(neutral=("native", "little"), note="base64 holds little-endian numbers."),
-    "lora_path": KnownField(note="There are no adapters; the model is served as it is."),
+    "lora_path": KnownField(note="Name a loaded adapter as `model`."),
     "messages": KnownField(note="Send `input`; chats are not embedded."),
     "mm_processor_kwargs": KnownField(neutral=({},), note="There are no images here."),
-    "normalize": KnownField(neutral=(True,), note="Vectors have length 1."),
     "request_id": KnownField(note="Ids are the server's.", is_tolerated=True),
     "rid": KnownField(note="Ids are the server's.", is_tolerated=True),
-    "use_activation": KnownField(neutral=(True,), note="Vectors have length 1."),
+    "use_activation": KnownField(neutral=(True,), note="Send `normalize`."),
 }
 
 
@@ -61,12 +56,29 @@ class EmbeddingRequest(ModelBody, kw_only=True):
         Literal["float", "base64"] | None,
         Meta(description="Vectors as JSON numbers (float) or as base64 of little-endian float32 (base64)."),
     ] = None
+    dimensions: Annotated[
+        int | None,
+        Meta(description="Only the first numbers of each vector, for models that were trained for it."),
+    ] = None
+    prompt_name: Annotated[
+        str | None, Meta(description="Which of the model's published prompts goes in front of each text.")
+    ] = None
+    input_type: Annotated[
+        str | None, Meta(description="What the texts are: query, or document (passage), for the same.")
+    ] = None
+    normalize: Annotated[
+        bool | None, Meta(description="Vectors of length 1 or as they are; by default as published.")
+    ] = None
     add_special_tokens: Annotated[
         bool | None, Meta(description="false leaves out what the tokenizer puts around texts.")
     ] = None
     truncate_prompt_tokens: Annotated[
         int | None,
-        Meta(description="Keep so many of each input's last tokens; -1 keeps as many as the context holds."),
+        Meta(description="Keep so many tokens of each input; -1 keeps as many as the context holds."),
+    ] = None
+    truncation_side: Annotated[
+        str | None,
+        Meta(description="left drops the beginning of a long input, right its end, as by default."),
     ] = None
     priority: Annotated[int | None, Meta(description="Requests with a lower number run earlier.")] = None
     cache_salt: Annotated[
@@ -86,147 +98,98 @@ class Embeddings:
         """Raises GraphLLMError for what is wrong with the body; inputs may fail later."""
         served = self._served
         body = served.decode(request, self._decoder)
-        fields = body.fields
+        fields, pooling = body.fields, served.engine.pooling
+        if pooling.purpose == "score":
+            raise InvalidRequestError(
+                "This model is for scores and gives no vectors; use /v1/score, /v1/rerank or /v1/classify.",
+                param="model",
+            )
         if fields.cache_salt == "":
             raise InvalidRequestError("'cache_salt' must not be empty.", param="cache_salt")
-        reply = _EmbeddingReply(served, fields, warnings=body.warnings, request=request, response=response)
+        check_dimensions(fields.dimensions, pooling)
+        reply = PooledReply(
+            served,
+            model=fields.model,
+            prefix="embd",
+            take=_Vectors(fields, pooling).take,
+            finish=self._body,
+            param="input",
+            warnings=body.warnings,
+            request=request,
+            response=response,
+            cache_salt=fields.cache_salt,
+            priority=fields.priority,
+        )
         if fields.user is not None:
             logger.debug("request %s has the labels %s", reply.id, {"user": fields.user})
         Admission(self._token_ids(fields), reply.submit, request=request, response=response).proceed()
 
     def _token_ids(self, fields: EmbeddingRequest) -> Iterator[list[int]]:
-        """Raises InvalidRequestError, its `param` in the words of the body."""
+        """Raises InvalidRequestError."""
         engine = self._served.engine
-        limit = engine.max_model_len
-        try:
-            yield from encoded_prompts(
-                fields.input,
-                engine.tokenizer,
-                max_model_len=limit,
-                truncated=truncation(fields.truncate_prompt_tokens, None, max_model_len=limit, max_tokens=0),
-                add_special_tokens=fields.add_special_tokens is not False,
+        prompt = find_prompt(engine.pooling, fields.prompt_name, fields.input_type)
+        asks_for_prompt = fields.prompt_name is not None or fields.input_type is not None
+        has_ids = isinstance(fields.input, list) and not isinstance(next(iter(fields.input), ""), str)
+        if asks_for_prompt and has_ids:
+            name = "input_type" if fields.prompt_name is None else "prompt_name"
+            raise InvalidRequestError(
+                f"'{name}' puts a prompt in front of texts, not of token ids.", param=name
             )
-        except InvalidRequestError as error:
-            raise _in_client_terms(error) from None
+        encoder = text_encoder(
+            engine,
+            pooled_truncation(engine, fields.truncate_prompt_tokens, fields.truncation_side),
+            prompt=prompt,
+            add_special_tokens=fields.add_special_tokens is not False,
+        )
+        yield from pooled_inputs(fields.input, engine, encoder=encoder)
 
-
-class _EmbeddingReply:
-    """The inputs' sinks and the answer they make together."""
-
-    def __init__(
-        self,
-        served: ServedModel,
-        fields: EmbeddingRequest,
-        *,
-        warnings: tuple[RequestWarning, ...],
-        request: Request,
-        response: Response,
-    ) -> None:
-        self._served = served
-        self._fields = fields
-        self._warnings = warnings
-        self._request = request
-        self._response = response
-        self.id = f"embd-{uuid4().hex}"
-        self._request_ids: list[str] = []
-        self._vectors: list[orjson.Fragment | None] = []
-        self._num_prompt_tokens = 0
-        self._num_missing = 0
-        self._is_open = True
-
-    def submit(self, inputs: list[list[int]]) -> None:
-        """Hand every input to the engine, or none: raises what `Engine.add` raises."""
-        self._request.on_disconnect = self._abandon
-        self._vectors = [None] * len(inputs)
-        self._num_missing = len(inputs)
-        self._num_prompt_tokens = sum(map(len, inputs))
-        for position, token_ids in enumerate(inputs):
-            request_id = f"{self.id}-{position}"
-            try:
-                self._served.engine.add(
-                    request_id,
-                    token_ids,
-                    params=_PARAMS,
-                    sink=_InputSink(self, position),
-                    cache_salt=self._fields.cache_salt,
-                    priority=self._fields.priority or 0,
-                    pooling=True,
-                    lora=self._served.lora_of(self._fields.model),
-                )
-            except GraphLLMError as error:
-                self._abandon()
-                raise _in_client_terms(error) from None
-            self._request_ids.append(request_id)
-
-    def take(self, position: int, vector: array[float]) -> None:
-        """An input's hidden state. It becomes JSON now, because a whole batch at the end would take long."""
-        vector = l2_normalized(vector)
-        if self._fields.encoding_format == "base64":
-            encoded = orjson.dumps(base64.b64encode(vector.tobytes()).decode())
-        else:
-            encoded = orjson.dumps(vector.tolist())
-        self._vectors[position] = orjson.Fragment(encoded)
-
-    def finish_input(self) -> None:
-        self._num_missing -= 1
-        if self._num_missing == 0 and self._is_open:
-            self._is_open = False
-            headers = (("x-request-id", self.id),)
-            self._response.send(200, orjson.dumps(self._body()), headers=headers)
-
-    def fail(self, error: GraphLLMError) -> None:
-        if self._is_open:
-            self._abandon()
-            send_error(self._response, error)
-
-    def _abandon(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            for request_id in self._request_ids:
-                self._served.engine.abort(request_id)
-
-    def _body(self) -> dict[str, Any]:
-        body: dict[str, Any] = {
+    def _body(self, reply: PooledReply, vectors: list[Any]) -> dict[str, Any]:
+        return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(self._vectors)
+                for index, vector in enumerate(vectors)
             ],
-            "model": self._fields.model,
-            "usage": {"prompt_tokens": self._num_prompt_tokens, "total_tokens": self._num_prompt_tokens},
+            "model": reply.model,
+            "usage": reply.usage,
         }
-        if self._warnings:
-            body["warnings"] = [warning.as_json() for warning in self._warnings]
-        return body
 
 
-class _InputSink:
-    """The engine's view of one input."""
+class _Vectors:
+    """How one request wants its vectors."""
 
-    __slots__ = ("_position", "_reply")
+    def __init__(self, fields: EmbeddingRequest, pooling: PoolingConfig) -> None:
+        self._dimensions = fields.dimensions
+        self._normalizes = pooling.normalizes if fields.normalize is None else fields.normalize
+        self._is_base64 = fields.encoding_format == "base64"
 
-    def __init__(self, reply: _EmbeddingReply, position: int) -> None:
-        self._reply = reply
-        self._position = position
-
-    def write(self, delta: SequenceDelta) -> None:
-        if delta.finish_reason is FinishReason.ABORT:
-            self._reply.fail(EngineUnavailableError("The request was cut short by the server."))
-        elif delta.embedding is not None:
-            self._reply.take(self._position, delta.embedding)
-
-    def flush(self) -> None:
-        """Nothing leaves before the end."""
-
-    def finish(self) -> None:
-        self._reply.finish_input()
-
-    def fail(self, error: GraphLLMError) -> None:
-        self._reply.fail(error)
+    def take(self, position: int, vector: array[float]) -> orjson.Fragment:
+        """A vector as JSON. One that is cut short has its length anew."""
+        vector = vector[: self._dimensions]
+        if self._normalizes:
+            vector = l2_normalized(vector)
+        if self._is_base64:
+            return orjson.Fragment(orjson.dumps(base64.b64encode(vector.tobytes()).decode()))
+        return orjson.Fragment(orjson.dumps(vector.tolist()))
 
 
-def _in_client_terms(error: GraphLLMError) -> GraphLLMError:
-    if error.param == "prompt":
-        error.param = "input"
-        error.message = error.message.replace("'prompt", "'input")
-    return error
+def check_dimensions(dimensions: int | None, pooling: PoolingConfig) -> None:
+    """Raises InvalidRequestError for a size that the model's makers do not name."""
+    size = pooling.output_size
+    if dimensions is None or dimensions == size:
+        return
+    if not pooling.can_be_cut:
+        raise InvalidRequestError(
+            f"'dimensions': this model's vectors have {size} numbers; its config.json does not say that they "
+            "may be cut short, nor does --matryoshka-dimensions.",
+            param="dimensions",
+        )
+    if pooling.sizes and dimensions not in pooling.sizes:
+        sizes = ", ".join(map(str, pooling.sizes))
+        raise InvalidRequestError(
+            f"'dimensions' must be one of {sizes}, not {dimensions}.", param="dimensions"
+        )
+    if not 1 <= dimensions <= size:
+        raise InvalidRequestError(
+            f"'dimensions' must be between 1 and {size}, not {dimensions}.", param="dimensions"
+        )

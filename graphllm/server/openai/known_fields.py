@@ -82,7 +82,7 @@ _SGLANG: Final[dict[str, KnownField]] = {
     "custom_labels": KnownField(is_tolerated=True, note="Metrics have no labels of clients."),
     "extra_key": KnownField(note="Use cache_salt to keep cached prefixes apart."),
     "images_config": KnownField(neutral=({},), is_tolerated=True, note="There are no images here."),
-    "lora_path": KnownField(note="There are no adapters; the model is served as it is."),
+    "lora_path": KnownField(note="Name a loaded adapter as `model`."),
     "ngram_corpus_id": KnownField(note="There is no speculation from a corpus."),
     "return_cached_tokens_details": KnownField(
         neutral=(False,), is_tolerated=True, note="usage.prompt_tokens_details has cached_tokens."

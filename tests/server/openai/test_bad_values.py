@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +11,16 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from graphllm.config import EngineConfig, ServerConfig
-from graphllm.engine.engine import Engine
-from graphllm.runner.device import InlineDevice
-from graphllm.server.app import Application
-from graphllm.server.http import Headers, Request, Response
 from graphllm.server.openai.chat_protocol import ChatCompletionRequest
+from graphllm.server.openai.classification import ClassifyRequest
 from graphllm.server.openai.completion_protocol import CompletionRequest
 from graphllm.server.openai.embeddings import EmbeddingRequest
+from graphllm.server.openai.rerank import RerankRequest
+from graphllm.server.openai.scores import ScoreRequest
 from graphllm.server.openai.tokenization import DetokenizeRequest, TokenizeRequest
-from tests.fakes import RecordingChannel
+from tests.pooled_models import write_model
 from tests.server.bad_values import VALUES, BadValue, bad_values, field_names
+from tests.server.real_server import RealServer
 from tests.tiny_model import write_tiny_model
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -34,9 +32,13 @@ ROUTES: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {
     ),
     "/v1/completions": (CompletionRequest, {"model": "tiny", "prompt": "Hi", "max_tokens": 1}),
     "/v1/embeddings": (EmbeddingRequest, {"model": "tiny", "input": "Hi"}),
+    "/v1/score": (ScoreRequest, {"model": "tiny", "text_1": "Hi", "text_2": "there"}),
+    "/v1/rerank": (RerankRequest, {"model": "tiny", "query": "Hi", "documents": ["there"]}),
+    "/v1/classify": (ClassifyRequest, {"model": "tiny", "input": "Hi"}),
     "/tokenize": (TokenizeRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1, 2]}),
 }
+SCORED_ROUTES = {"/v1/score", "/v1/rerank", "/v1/classify"}
 CASES = [(route, name) for route, (body, _) in ROUTES.items() for name in field_names(body)]
 # A whole value for each field that holds objects; its members are spoilt one by one.
 WHOLE: dict[str, Any] = {
@@ -74,54 +76,32 @@ WHOLE: dict[str, Any] = {
 BESIDE: dict[str, dict[str, Any]] = {"tool_choice": {"tools": [TOOL]}, "stream_options": {"stream": True}}
 
 
-class Server:
-    """A real engine of random weights behind the real routes, without sockets."""
+class Servers:
+    """Each route's body goes to the model that it is for: one that generates, or one for scores."""
 
-    def __init__(self, model: Path) -> None:
-        self.loop = asyncio.new_event_loop()
-        config = EngineConfig(model=str(model), max_num_seqs=8)
-        self.engine = Engine(config, device=InlineDevice())
-        self.loop.run_until_complete(self.engine.start())
-        self.application = Application(self.engine, ServerConfig(), model_name="tiny")
+    def __init__(self, generating: Path, scoring: Path) -> None:
+        self._generating = RealServer(generating)
+        self._scoring = RealServer(scoring)
 
     def ask(self, route: str, body: Any) -> tuple[int, bytes]:
-        """Status and body of the answer. Raises whatever a handler raises that is no answer."""
-        return self.loop.run_until_complete(self._ask(route, body))
-
-    async def _ask(self, route: str, body: Any) -> tuple[int, bytes]:
-        channel = RecordingChannel()
-        request = Request(
-            method="POST",
-            raw_path=route.encode(),
-            query=b"",
-            http_version="1.1",
-            headers=Headers(),
-            body=body if isinstance(body, bytes) else json.dumps(body).encode(),
-            keep_alive=True,
-        )
-        response = Response(channel, method="POST", http_version="1.1", keep_alive=True)
-        self.application.handle(request, response)
-        deadline = self.loop.time() + 20
-        while not channel.is_ended:
-            assert self.loop.time() < deadline, "no end"
-            await asyncio.sleep(0)
-        head, _, answer = channel.received.partition(b"\r\n\r\n")
-        return int(head.split(b" ", 2)[1]), answer
+        return (self._scoring if route in SCORED_ROUTES else self._generating).ask(route, body)
 
     def close(self) -> None:
-        self.loop.run_until_complete(self.engine.stop())
-        self.loop.close()
+        for server in (self._generating, self._scoring):
+            assert server.engine.num_unfinished_requests == 0
+            server.close()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(write_tiny_model(tmp_path_factory.mktemp("tiny-model"), context=2048))
-    yield server
-    assert server.engine.num_unfinished_requests == 0
-    server.close()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    scoring = tmp_path_factory.mktemp("tiny-scorer")
+    write_model(scoring, "BertForSequenceClassification", num_labels=1)
+    servers = Servers(write_tiny_model(tmp_path_factory.mktemp("tiny-model"), context=2048), scoring)
+    yield servers
+    servers.close()
 
 
-def check(server: Server, route: str, body: dict[str, Any], bad: BadValue) -> int:
+def check(server: Servers, route: str, body: dict[str, Any], bad: BadValue) -> int:
     """The status, which is 200 or a 400 that names the field."""
     status, answer = server.ask(route, body)
     if status == 200:
@@ -135,7 +115,7 @@ def check(server: Server, route: str, body: dict[str, Any], bad: BadValue) -> in
 
 
 @pytest.mark.parametrize(("route", "name"), CASES)
-def test_a_bad_value_is_refused_by_its_field(server: Server, route: str, name: str) -> None:
+def test_a_bad_value_is_refused_by_its_field(server: Servers, route: str, name: str) -> None:
     body_type, base = ROUTES[route]
     if name == "stream_options":
         base = {**base, "stream": True}
@@ -144,7 +124,7 @@ def test_a_bad_value_is_refused_by_its_field(server: Server, route: str, name: s
 
 
 @pytest.mark.parametrize(("route", "name"), [case for case in CASES if case[1] in WHOLE])
-def test_a_bad_value_inside_a_field_is_refused_by_its_field(server: Server, route: str, name: str) -> None:
+def test_a_bad_value_inside_a_field_is_refused_by_its_field(server: Servers, route: str, name: str) -> None:
     _, base = ROUTES[route]
     beside = BESIDE.get(name, {})
     assert check(server, route, {**base, **beside, name: WHOLE[name]}, BadValue(name, None, False)) == 200
@@ -175,14 +155,14 @@ def spoilt(value: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     "body", [b"", b"null", b"[]", b"{", b'{"a":' * 5000, b"\xff", b'{"model":"\\ud800"}', b'{"n":NaN}']
 )
-def test_a_body_that_is_no_object_is_a_400(server: Server, route: str, body: bytes) -> None:
+def test_a_body_that_is_no_object_is_a_400(server: Servers, route: str, body: bytes) -> None:
     assert server.ask(route, body)[0] == 400
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"1" + b"0" * 400, b"1e-400", b"-0", b"0.1e1"])
 def test_numbers_at_the_edge_of_json_are_refused_or_understood(
-    server: Server, route: str, number: bytes
+    server: Servers, route: str, number: bytes
 ) -> None:
     body_type, base = ROUTES[route]
     encoded = json.dumps(base).encode()[:-1]
