@@ -1,9 +1,10 @@
 """Rows of activations in 8 bits, e4m3 or int8, with a scale a row, a scale a group, or one given scale.
 
     m = max_j |x_j| over a row or a group,   s = m / L,   stored_j = round(x_j * (L / m))       (dynamic)
-    s given,                                stored_j = round(clamp(x_j / s, -L, L))             (static)
+    s given,                                stored_j = round(clamp(x_j / s, l, L))              (static)
 
-to nearest, ties to even, L the format's largest number (e4m3: 448, int8: 127). The arithmetic of the first
+to nearest, ties to even, L the format's largest number (e4m3: 448, int8: 127) and l its least (-448, -128).
+The arithmetic of the first
 is `kv_quantization.py`'s: a row of zeros has scale 0 and stores zeros. What is beyond a given scale's range
 saturates, as the cards' own conversion does.
 
@@ -49,7 +50,7 @@ def quantize_rows_ref(
     if given is not None:
         limit = LARGEST_STORED[out.dtype]
         # Divided and multiplied as the kernel does.
-        scaled = (x.float() * (1.0 / given)).clamp(-limit, limit)
+        scaled = (x.float() * (1.0 / given)).clamp(-128 if out.dtype == torch.int8 else -limit, limit)
         scales.copy_(given.expand_as(scales))
         return out.copy_((scaled.round() if out.dtype == torch.int8 else scaled).to(out.dtype))
     num_rows, in_features = x.shape
@@ -98,6 +99,7 @@ def _quantize_rows_kernel(
     values_at = x + row * IN_FEATURES + columns
     places = out + row * IN_FEATURES + columns
     LIMIT: tl.constexpr = 448.0 if stored.is_fp8e4nv() else 127.0
+    LEAST: tl.constexpr = -448.0 if stored.is_fp8e4nv() else -128.0
     if IS_GIVEN:
         scale = tl.load(given)
         factor = tl.div_rn(1.0, scale)
@@ -112,7 +114,7 @@ def _quantize_rows_kernel(
         mask = columns + first < IN_FEATURES
         scaled = widen(tl.load(values_at + first, mask=mask, other=0.0)) * factor
         if IS_GIVEN:
-            scaled = tl.clamp(scaled, -LIMIT, LIMIT)
+            scaled = tl.clamp(scaled, LEAST, LIMIT)
         tl.store(places + first, quantize(scaled, stored), mask=mask)
 
 

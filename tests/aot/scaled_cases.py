@@ -45,7 +45,7 @@ def rounded_rows(card: Card) -> None:
         x = card.tensor(64, HIDDEN, dtype=BF16)
         rows = scaled_rows(card, 64, HIDDEN, dtype=dtype, group_size=group_size)
         quantize_rows(x, group_size, given=None, out=rows.values, scales=rows.scales)
-        if dtype == E4M3 and group_size is None:
+        if group_size is None:
             given = card.tensor(1, dtype=torch.float32)
             quantize_rows(x, None, given=given, out=rows.values, scales=rows.scales)
 

@@ -121,6 +121,15 @@ def test_a_given_scale_is_every_row_s() -> None:
         assert torch.equal(bits(pair[0][0]), bits(pair[1][0]))
 
 
+def test_a_given_scale_of_integers_reaches_all_of_their_range() -> None:
+    """Whose scales take the range for 255 steps have -128 at its end, as compressed-tensors does."""
+    x, one = torch.tensor([[-300.0, -128.4, -127.6, 126.5, 127.6, 300.0]], device=DEVICE), torch.ones(1)
+    for function in (quantize_rows, quantize_rows_ref):
+        out, scales = torch.empty(x.shape, dtype=INT8, device=DEVICE), torch.empty(1, 1, device=DEVICE)
+        function(x, None, given=one.to(DEVICE), out=out, scales=scales)
+        assert out.tolist() == [[-128, -128, -128, 126, 127, 127]]
+
+
 # -- linear layers ---------------------------------------------------------------------------------
 
 

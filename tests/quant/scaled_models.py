@@ -62,7 +62,8 @@ def round_activations(x: Tensor, dtype: torch.dtype, *, group: int | None, given
     """What is left of activations: a scale a row, a group of a row, or a given one."""
     limit = LARGEST[dtype]
     if given is not None:
-        return rounded((x / given).clamp(-limit, limit), dtype).float() * given
+        least = -128.0 if dtype == INT8 else -limit
+        return rounded((x / given).clamp(least, limit), dtype).float() * given
     pieces = x.split(group or x.shape[-1], dim=-1)
     scales = [piece.abs().amax(-1, keepdim=True) / limit for piece in pieces]
     return torch.cat(
