@@ -158,7 +158,7 @@ def test_vectors_are_those_of_merged_models(served: Served) -> None:
                 collector = Collector()
                 collectors.append(collector)
                 collector.on_write = lambda delta, index=index: found.update(
-                    {index: torch.tensor(delta.embedding)}
+                    {index: torch.tensor(delta.pooled)}
                 )
                 engine.add(
                     f"v{index}",

@@ -43,11 +43,11 @@ def prompt(length: int, *, seed: int = 0) -> list[int]:
 class Pooled(Collector):
     """A pooling request's sink."""
 
-    def __init__(self, engine: Engine, name: str, token_ids: list[int]) -> None:
+    def __init__(self, engine: Engine, name: str, token_ids: list[int], *, lora: str | None = None) -> None:
         super().__init__()
         self.deltas: list[SequenceDelta] = []
         self.on_write = self.deltas.append
-        engine.add(name, token_ids, params=POOLING, sink=self, pooling=True)
+        engine.add(name, token_ids, params=POOLING, sink=self, pooling=True, lora=lora)
 
     @property
     def embedding(self) -> array[float]:
