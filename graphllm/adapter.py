@@ -7,6 +7,7 @@ place of the device it has the scheduler's, and who may name it the engine's.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,31 @@ class Adapter:
 
     created: when, in seconds since 1970. name: what requests call it. load_id: positive, of no other load in
     this process. path: where it was read. rank: its largest. image: its memory as the device gets it, on the
-    host; None once it is retired and no request is left.
+    host; None once it is retired and no request is left: `on_unused` is then given it.
     """
 
-    __slots__ = ("_is_retired", "created", "image", "load_id", "name", "num_requests", "path", "rank")
+    __slots__ = (
+        "_is_retired",
+        "_on_unused",
+        "created",
+        "image",
+        "load_id",
+        "name",
+        "num_requests",
+        "path",
+        "rank",
+    )
 
-    def __init__(self, name: str, *, load_id: int, path: str, rank: int, image: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        load_id: int,
+        path: str,
+        rank: int,
+        image: Any,
+        on_unused: Callable[[Any], None] = lambda image: None,
+    ) -> None:
         assert load_id > 0, "0 is the base model's"
         self.name = name
         self.load_id = load_id
@@ -31,6 +51,7 @@ class Adapter:
         self.image = image
         self.num_requests = 0
         self._is_retired = False
+        self._on_unused = on_unused
 
     @property
     def is_retired(self) -> bool:
@@ -54,7 +75,8 @@ class Adapter:
 
     def _let_go(self) -> None:
         if self._is_retired and self.num_requests == 0:
-            self.image = None
+            image, self.image = self.image, None
+            self._on_unused(image)
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, load {self.load_id}, {self.num_requests} requests)"

@@ -27,7 +27,8 @@ def families_table() -> str:
     lines = ["| family | models | `architectures` | proven in these variants |", "| --- | --- | --- | --- |"]
     for family in PROVEN_FAMILIES:
         variants = "; ".join(family.variants)
-        lines.append(f"| {family.name} | {family.models} | `{family.architecture}` | {variants} |")
+        names = ", ".join(f"`{name}`" for name in (family.architecture, *family.older_architectures))
+        lines.append(f"| {family.name} | {family.models} | {names} | {variants} |")
     return "\n".join(lines)
 
 

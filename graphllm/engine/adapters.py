@@ -5,7 +5,9 @@ what a folder must hold `models/lora.py`'s.
 
 A load reads on the device's worker, a few milliseconds at a time, so that steps come between. An unload
 takes the name away at once: requests that were admitted keep the adapter to their end, and with the last of
-them its memory goes. Two loads of one name are two adapters, also to the prefix cache.
+them its memory is free for another. Two loads of one name are two adapters, also to the prefix cache.
+
+Host memory is kept once it was made: to pin it, and to let it go, takes a card's driver many milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from graphllm.adapter import Adapter
-from graphllm.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
+from graphllm.errors import CheckpointError, ConfigError, InvalidRequestError, ModelNotFoundError
 from graphllm.layers.lora import AdapterLayout
 from graphllm.models.adapter_names import AdapterNames
 from graphllm.models.lora import AdapterFolder
@@ -28,6 +30,7 @@ from graphllm.runner.device import Device
 
 _SLICE_SECONDS = 0.003
 _MAX_NAME_LENGTH = 200
+_MAX_PATH_LENGTH = 4096
 
 
 class AdapterRegistry:
@@ -46,6 +49,8 @@ class AdapterRegistry:
         self._device = device
         self._loaded: dict[str, Adapter] = {}
         self._retired: list[Adapter] = []
+        # A copy to the device may still read one of these; nobody looks at what it brings there then.
+        self._spare_images: list[torch.Tensor] = []
         self._load_ids = count(1)
         self._lock = asyncio.Lock()  # one load at a time, so that two cannot take one name
 
@@ -70,21 +75,41 @@ class AdapterRegistry:
         """
         async with self._lock:
             self.check_name(name, replaces=replaces)
+            where = _folder(path)
             folder = await self._device.run(
-                lambda: AdapterFolder(Path(path).expanduser(), self._names, max_rank=self._layout.max_rank)
+                lambda: AdapterFolder(where, self._names, max_rank=self._layout.max_rank)
             )
-            # Not on the loop: to pin so much memory takes a card's driver tens of milliseconds.
-            image = await self._device.run(
-                lambda: self._device.empty_host(self._layout.num_bytes, dtype=torch.uint8)
+            image = await self._take_image()
+            try:
+                slices = folder.read_in_slices(image, self._layout)
+                while await self._device.run(partial(_read_slice, slices)):
+                    pass
+            except Exception:  # not for a cancelled load: the worker may still be writing to it
+                self._spare_images.append(image)
+                raise
+            adapter = Adapter(
+                name,
+                load_id=next(self._load_ids),
+                path=path,
+                rank=folder.rank,
+                image=image,
+                on_unused=self._spare_images.append,
             )
-            slices = folder.read_in_slices(image, self._layout)
-            while await self._device.run(partial(_read_slice, slices)):
-                pass
-            adapter = Adapter(name, load_id=next(self._load_ids), path=path, rank=folder.rank, image=image)
             if name in self._loaded:
                 self.unload(name)
             self._loaded[name] = adapter
             return adapter
+
+    async def _take_image(self) -> torch.Tensor:
+        """Host memory for an adapter, of any content."""
+        if self._spare_images:
+            return self._spare_images.pop()
+        num_bytes = self._layout.num_bytes
+        try:
+            # Not on the loop: to pin so much memory takes a card's driver tens of milliseconds.
+            return await self._device.run(lambda: self._device.empty_host(num_bytes, dtype=torch.uint8))
+        except (ConfigError, RuntimeError) as error:
+            raise InvalidRequestError(f"There is no host memory for another adapter: {error}") from error
 
     def unload(self, name: str) -> Adapter:
         """Take an adapter's name away; raises ModelNotFoundError."""
@@ -96,9 +121,9 @@ class AdapterRegistry:
 
     def check_name(self, name: str, *, replaces: bool = False) -> None:
         """Raises InvalidRequestError for a name that `load` would refuse now."""
-        if not name or len(name) > _MAX_NAME_LENGTH:
+        if not name.isprintable() or not 0 < len(name) <= _MAX_NAME_LENGTH:
             raise InvalidRequestError(
-                f"An adapter's name has 1 to {_MAX_NAME_LENGTH} characters.", param="lora_name"
+                f"An adapter's name has 1 to {_MAX_NAME_LENGTH} printable characters.", param="lora_name"
             )
         if name in self.reserved_names:
             raise InvalidRequestError(f"{name!r} is the base model's name.", param="lora_name")
@@ -121,10 +146,16 @@ class AdapterRegistry:
 def _read_slice(slices: Iterator[None]) -> bool:
     """Read on for a moment; False when all is read. Raises CheckpointError."""
     deadline = time.perf_counter() + _SLICE_SECONDS
+    return any(time.perf_counter() >= deadline for _ in slices)
+
+
+def _folder(path: str) -> Path:
+    """Raises CheckpointError for a path that cannot be one."""
+    if len(path) > _MAX_PATH_LENGTH or not path.isprintable():
+        raise CheckpointError(
+            f"{path[:_MAX_NAME_LENGTH]!r}...: a path has up to {_MAX_PATH_LENGTH} printable characters."
+        )
     try:
-        for _ in slices:
-            if time.perf_counter() >= deadline:
-                return True
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The adapter cannot be read: {error}.") from error
-    return False
+        return Path(path).expanduser()
+    except RuntimeError as error:  # "~somebody", whom nobody knows
+        raise CheckpointError(f"{path}: {error}.") from error

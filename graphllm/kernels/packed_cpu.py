@@ -8,9 +8,10 @@
 Integers are for weights of 8 bits with a scale a row, where the processor multiplies bytes without
 saturating (with VNNI it does; with AVX2 alone it does not) and was measured not to be slow at it: a row of x
 is cut into two bytes, so it keeps 16 bits, and sums are exact whatever else is in the batch. Otherwise 8 and
-4 bits go through torch's products of bfloat16 with packed weights, which are fast for few rows only; more
-rows are multiplied by slices of the same rounded weight, with x and y rounded as well, so that a weight has
-one arithmetic whatever the number of rows. What torch has no product for is plain.
+4 bits go through torch's products of bfloat16 with packed weights, whatever the number of rows. Plain slices
+would be faster for 500 rows and more, by a third, but sums in another order round to other neighbours in
+bfloat16, and in a whole model that grows to some percent of a logit: what is in a step beside a row must not
+change the row. What torch has no product for is plain.
 
 Owns these products and the choice among them. The specification is `packed_linear.py`'s reference.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphllm.kernels.linear import LinearProduct, linear_ref
+from graphllm.kernels.linear import LinearProduct
 from graphllm.kernels.packed_weight import PackedFormat, PackedWeight, dequantize, scale_values, unpack_codes
 
 # (x [num_rows, in_features], weight, bias [out_features] or None, out [num_rows, out_features]) -> out
@@ -39,13 +40,13 @@ _ROUNDING = 12582912.0
 _SMALLEST_UNIT = np.float32(1e-30)
 # Plain numbers of a slice: what the second-level cache of most processors holds.
 _SLICE_BYTES = 1024**2
-# Above these torch's bfloat16 products cost more than slices.
-_MAX_LIBRARY_ROWS = {8: 16, 4: 32}
 _LIBRARY_GROUPS = (32, 64, 128, 256)
 _LIBRARY_ROWS = 16
 _TRIAL_ROWS = (1, 16)
 _TRIAL_SHAPE = (2048, 1024)
 _TRIAL_ROUNDS = 4
+# A busy neighbour makes a trial worse for either; one that is won says what the processor can do.
+_MAX_TRIALS = 4
 # Of the product of both times.
 _WORTH_OF_EXACTNESS = 4.0
 
@@ -124,40 +125,16 @@ def library_form(weight: PackedWeight) -> tuple[Tensor, Tensor] | None:
     return packed, torch.stack((scales, zeros), 2).transpose(0, 1).contiguous().bfloat16()
 
 
-def library_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, *, plain: LinearProduct
-) -> Tensor:
+def library_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
     """`packed_linear_ref` for weights that `takes_library`, in the arithmetic of bfloat16."""
     form, rounded = weight.format, x.bfloat16()
-    if len(x) > _MAX_LIBRARY_ROWS[form.bits]:
-        as_rounded = _rounded_weight(weight)
-        products = sliced_linear(rounded.to(x.dtype), as_rounded, None, torch.empty_like(out), plain=plain)
-        out.copy_(products.bfloat16())
-    elif form.bits == 8:
+    if form.bits == 8:
         scales = weight.scales.view(-1).bfloat16()
         out.copy_(torch.ops.aten._weight_int8pack_mm(rounded, weight.codes, scales))
     else:
         codes, grid = weight.library_codes, weight.library_scales
         out.copy_(torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, codes, form.group_size, grid))
     return out if bias is None else out.add_(bias)
-
-
-def _rounded_weight(weight: PackedWeight) -> PackedWeight:
-    """The weight with scales and zeros as the library has them."""
-    form = weight.format
-    if form.bits == 8:
-        return replace(
-            weight, format=replace(form, scale_dtype=torch.bfloat16), scales=weight.scales.bfloat16()
-        )
-    assert weight.library_scales is not None
-    scales, zeros = weight.library_scales.float().transpose(0, 1).unbind(2)
-    return replace(
-        weight,
-        format=replace(form, zeros="offset", scale_dtype=torch.float32),
-        scales=scales,
-        zeros=zeros - 8 * scales,
-        library_codes=None,
-    )
 
 
 def plain_rows(weight: PackedWeight, out: Tensor) -> Tensor:
@@ -218,7 +195,7 @@ class CpuPackedProduct:
         if self.has_integers and takes_integers(weight.format) and x.dtype == out.dtype == torch.float32:
             return integer_linear(x, weight, bias, out)
         if takes_library(weight):
-            return library_linear(x, weight, bias, out, plain=self.plain)
+            return library_linear(x, weight, bias, out)
         return sliced_linear(x, weight, bias, out, plain=self.plain)
 
 
@@ -237,14 +214,17 @@ def multiplies_exactly() -> bool:
 def chooses_integers() -> bool:
     """Whether weights of 8 bits are multiplied as integers on this processor: where that is exact, and for 1
     and 16 rows together not much slower than in bfloat16. Measured once, in some milliseconds."""
-    if not multiplies_exactly():
-        return False
+    return multiplies_exactly() and any(_integers_are_worth_it() for _ in range(_MAX_TRIALS))
+
+
+def _integers_are_worth_it() -> bool:
+    """The outcome of one trial."""
     out_features, in_features = _TRIAL_SHAPE
     form = PackedFormat(bits=8, group_size=None, scale_dtype=torch.float32)
     codes = torch.ones(out_features, in_features, dtype=torch.int8)
     weight = PackedWeight(form, in_features, codes, torch.ones(out_features, 1))
     costs = []
-    for product in (integer_linear, functools.partial(library_linear, plain=linear_ref)):
+    for product in (integer_linear, library_linear):
         cost = 1.0
         for num_rows in _TRIAL_ROWS:
             x, out = torch.ones(num_rows, in_features), torch.empty(num_rows, out_features)

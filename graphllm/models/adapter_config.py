@@ -17,6 +17,15 @@ from graphllm.models.safetensors_folder import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 
+_LARGEST_NUMBER = 1e9  # what is no mistake is far below, and float32 far above
+# Every layer's name is held against every pattern, between steps. An adversary's pattern of many choices
+# would take a name of thirty letters longer than anybody lives, so most have to be plain names.
+_MAX_PATTERNS = 1024
+_MAX_CHOOSING_PATTERNS = 16
+_MAX_CHOICES = 2
+_CHOICE = re.compile(r"(?<!\\)(?:[*+{]|\?|\((?!\?))")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+?{]")
+
 Number = TypeVar("Number", int, float)
 
 # About training, about where the adapter comes from, or about tensors that say the same by being there.
@@ -71,8 +80,8 @@ class LoraConfig:
     path: Path
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     is_rank_stabilized: bool
     targets: tuple[str, ...] | None
     is_partial: bool
@@ -93,12 +102,9 @@ def _ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _by_pattern(values: Mapping[str, Number], name: str, default: Number) -> Number:
-    """The value of the first pattern that is the name's end, or matches it; as peft looks it up."""
-    for pattern, value in values.items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", name):
-            return value
-    return default
+def _by_pattern(values: Mapping[re.Pattern[str], Number], name: str, default: Number) -> Number:
+    """The value of the first pattern that matches the name."""
+    return next((value for pattern, value in values.items() if pattern.match(name)), default)
 
 
 def read_lora_config(folder: Path) -> LoraConfig:
@@ -158,20 +164,34 @@ class _Reader:
         return value
 
     def number(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            self.refuse(key, f"has {value!r}, which is no number")
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST_NUMBER:
+            self.refuse(key, f"has {value!r}, which is no number that a layer can be multiplied by")
         return float(value)
 
-    def patterns(self, key: str) -> list[tuple[str, Any]]:
+    def patterns(self, key: str) -> list[tuple[re.Pattern[str], Any]]:
+        """Each matches the names of layers that it means: those that end in it, as peft has it."""
         value = self.take(key, None) or {}
         if not isinstance(value, dict):
             self.refuse(key, f"is {value!r}, which is no map from layers")
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.refuse(key, f"has {pattern!r}, which is no pattern: {error}")
-        return list(value.items())
+        num_choosing = sum(_CHOICE.search(text) is not None for text in value)
+        if len(value) > _MAX_PATTERNS or num_choosing > _MAX_CHOOSING_PATTERNS:
+            self.refuse(
+                key,
+                f"has {len(value)} patterns, {num_choosing} of which are more than a name; "
+                f"at most {_MAX_PATTERNS} and {_MAX_CHOOSING_PATTERNS} are looked through",
+            )
+        return [(self._pattern(key, text), found) for text, found in value.items()]
+
+    def _pattern(self, key: str, text: str) -> re.Pattern[str]:
+        if len(_CHOICE.findall(text)) > _MAX_CHOICES or _REPEATED_GROUP.search(text):
+            self.refuse(
+                key,
+                f"has {text!r}; at most {_MAX_CHOICES} repetitions and groups, and none of groups, are tried",
+            )
+        try:
+            return re.compile(rf"(?:.*\.)?(?:{text})$")
+        except (re.error, RecursionError, OverflowError) as error:
+            self.refuse(key, f"has {text!r}, which is no pattern: {error}")
 
     def targets(self) -> tuple[str, ...] | None:
         value = self.take("target_modules", None)

@@ -80,6 +80,8 @@ class AdapterNames:
         is_expert = any(_is_like(pattern, stored) for stored in self._stored_names("moe.gate_up", "moe.down"))
         if is_expert or "experts" in name.split("."):
             return "which is of experts: adapters of experts are not served"
+        if any(_is_like(pattern, stored) for stored in self._stored_names("attention.key_value")):
+            return "which attention computes with inside the latent: no adapter of it is served"
         if any(_is_like(pattern, stored) for stored in self._stored_names("embedding", "head")):
             return "an embedding or a head: adapters of these are not served"
         return "which is no linear layer of this model that can have an adapter"

@@ -22,6 +22,7 @@ from graphllm.layers.norm import Norm
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.gguf_file import is_gguf_file
 from graphllm.models.registry import find_family, read_model_config
+from graphllm.models.safetensors_folder import add_quantization_file
 from graphllm.tokenizer.byte_level import byte_level_tokenizer
 from graphllm.tokenizer.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ class DummyCheckpoint:
             raise CheckpointError(f"{path}: no such file or folder.")
         if path.is_dir():
             self.hf_config = _read_config(path / "config.json")
+            add_quantization_file(self.hf_config, path)
         elif path.suffix.lower() == ".gguf" or is_gguf_file(path):
             self.gguf = GGUFCheckpoint(path)
             self.hf_config = self.gguf.hf_config

@@ -134,7 +134,11 @@ GENERATION_KEYS = frozenset(
 )
 
 # How weights are stored, in two generations of files.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_KEYS_OF_CONFIG = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which AutoGPTQ and AutoAWQ say the same beside a config.json that is the plain model's, and the
+method of each. What such a file says stands in a checkpoint's configuration under the file's name."""
+QUANTIZATION_KEYS = (*_KEYS_OF_CONFIG, *QUANTIZATION_FILES)
 
 # Keys that would change the mathematics at any other value.
 NEUTRAL_VALUES: dict[str, object] = {

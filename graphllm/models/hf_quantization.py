@@ -36,7 +36,6 @@ _GPTQ_NOTES = (
     "disable_exllama",
     "exllama_config",
     "hyb_act",
-    "is_marlin_format",
     "max_input_length",
     "meta",
     "model_file_base_name",
@@ -113,6 +112,8 @@ def read_gptq(section: HFConfig, config: HFConfig) -> Rules:
     """GPTQ as AutoGPTQ and GPTQModel write it."""
     _skip(section, _GPTQ_NOTES)
     section.expect("pack_dtype", "int32")
+    for key in ("is_marlin_format", "awq_gemm_checkpoint"):  # other packings, in older files
+        section.expect(key, False)
     formats = {"gptq": 1, "gptq_v2": 0}
     offset = section.choice("checkpoint_format", formats, default=section.get("format", "gptq"))
     form = GptqForm(

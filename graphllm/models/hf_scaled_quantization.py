@@ -74,7 +74,7 @@ def read_fp8(section: HFConfig, config: HFConfig) -> ByScaleName:
     section.expect("expert_dtype", "fp8")
     section.expect("dequantize", False)
     section.get("scale_fmt")  # the scales' own type says it
-    section.get("kv_cache_scheme")  # scales of the cache are read where there are any
+    section.get("kv_cache_scheme")  # scales of the cache are tensors, and refused as such
     is_static = section.choice("activation_scheme", {"dynamic": False, "static": True}, default="dynamic")
     block = _block(section)
     if is_static and block is not None:

@@ -8,18 +8,19 @@ Owns the accounting of tensors; what the configuration means is `adapter_config.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from graphllm.errors import CheckpointError
 from graphllm.layers.lora import AdapterLayout
 from graphllm.models.adapter_config import read_lora_config
+from graphllm.models.adapter_file import AdapterFile
 from graphllm.models.adapter_names import AdapterNames, AdapterTarget
-from graphllm.models.safetensors_folder import open_shard
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OTHER_WEIGHTS_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -39,60 +40,58 @@ class _Pair:
 
 
 class AdapterFolder:
-    """An opened adapter, checked against the model that it is for; its numbers are still to be read.
+    """An opened adapter; its tensors are still to be checked against the model, and read.
 
     Raises CheckpointError, naming the file, and the tensor or key at fault.
     """
 
     def __init__(self, path: Path, names: AdapterNames, *, max_rank: int) -> None:
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}.")
-        self._file = path / WEIGHTS_FILE
         try:
+            if not path.is_dir():
+                raise CheckpointError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}.")
             self._config = read_lora_config(path)
-            self._check_file(path)
-            self._shard = open_shard(self._file)
+            self._file = _open_weights(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}.") from error
         self._names = names
-        self._pairs = self._find_pairs()
-        self.rank = max(pair.rank for pair in self._pairs)
-        if self.rank > max_rank:
-            raise CheckpointError(
-                f"{self._config.path}: the adapter's rank, {self.rank}, is above --max-lora-rank {max_rank}."
-            )
+        self._max_rank = max_rank
+        self.rank = 0
+        """The largest, once `read_in_slices` has looked."""
 
     def read_in_slices(self, image: torch.Tensor, layout: AdapterLayout) -> Iterator[None]:
-        """Fill an adapter's memory, image: [layout.num_bytes] uint8; yields after each layer.
+        """Check all layers, then fill an adapter's memory, image: [layout.num_bytes] uint8, layer by layer.
 
-        Raises CheckpointError for numbers that are none, or too large for the model's number format.
+        Raises CheckpointError for what does not fit the model, for numbers that are none, or too large for
+        the model's number format, and for a file that was written to since it was opened.
         """
         pairs_of: dict[str, list[_Pair]] = {}
-        for pair in self._pairs:
+        for pair in (yield from self._find_pairs()):
             pairs_of.setdefault(pair.target.path, []).append(pair)
-        for path in layout.places:
-            views = layout.views(image[None], path)
-            for whole in (views.down, views.up, views.scales):
-                whole.zero_()
-            for pair in pairs_of.get(path, ()):
-                target, rank = pair.target, pair.rank
-                down, up = self._read(pair.down, layout.dtype), self._read(pair.up, layout.dtype)
-                views.up[0, target.start : target.end, :rank] = up
-                for part in target.parts:
-                    views.down[0, part, :rank] = down
-                    views.scales[0, part] = pair.scale
-            yield
+        try:
+            yield from self._fill(image, layout, pairs_of)
+        except OSError as error:
+            self._refuse(f"it cannot be read: {error}")
 
-    def _check_file(self, path: Path) -> None:
-        others = [name for name in _OTHER_WEIGHTS_FILES if (path / name).exists()]
-        if others and not self._file.exists():
-            raise CheckpointError(
-                f"{path}: it has weights only as {others[0]}; convert them to safetensors ({WEIGHTS_FILE})."
-            )
+    def _fill(
+        self, image: torch.Tensor, layout: AdapterLayout, pairs_of: Mapping[str, list[_Pair]]
+    ) -> Iterator[None]:
+        with self._file.opened() as file:
+            for path in layout.places:
+                views = layout.views(image[None], path)
+                for whole in (views.down, views.up, views.scales):
+                    whole.zero_()
+                for pair in pairs_of.get(path, ()):
+                    target, rank = pair.target, pair.rank
+                    down, up = (self._read(file, name, dtype=layout.dtype) for name in (pair.down, pair.up))
+                    views.up[0, target.start : target.end, :rank] = up
+                    for part in target.parts:
+                        views.down[0, part, :rank] = down
+                        views.scales[0, part] = pair.scale
+                yield
 
-    def _find_pairs(self) -> list[_Pair]:
+    def _find_pairs(self) -> Generator[None, None, list[_Pair]]:
         tensors: dict[str, dict[str, str]] = {}
-        for name in self._shard.shapes:
+        for name in self._file.shapes:
             match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
             if match is None:
                 self._refuse(f"tensor {name!r} is not of a plain LoRA layer (lora_A.weight, lora_B.weight)")
@@ -100,8 +99,17 @@ class AdapterFolder:
             if match["side"] in sides:
                 self._refuse(f"tensor {name!r} is there twice")
             sides[match["side"]] = name
-        pairs = [self._pair(layer, sides) for layer, sides in tensors.items()]
+        pairs = []
+        for layer, sides in tensors.items():
+            pairs.append(self._pair(layer, sides))
+            yield
         self._check_targets(pairs)
+        self.rank = max(pair.rank for pair in pairs)
+        if self.rank > self._max_rank:
+            raise CheckpointError(
+                f"{self._config.path}: the adapter's rank, {self.rank}, is above "
+                f"--max-lora-rank {self._max_rank}."
+            )
         return pairs
 
     def _pair(self, layer: str, sides: dict[str, str]) -> _Pair:
@@ -117,7 +125,7 @@ class AdapterFolder:
             (sides["A"], (rank, target.in_features)),
             (sides["B"], (target.end - target.start, rank)),
         ):
-            if (found := self._shard.shapes[name]) != shape:
+            if (found := self._file.shapes[name]) != shape:
                 self._refuse(f"tensor {name!r} has shape {list(found)}; model and rank ask for {list(shape)}")
         return _Pair(target, sides["A"], sides["B"], rank, self._config.scale_of(layer))
 
@@ -133,17 +141,23 @@ class AdapterFolder:
         if missing := sorted(wanted - found):
             self._refuse(f"it has no tensors of {missing[0]!r}, though 'target_modules' means that layer too")
 
-    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        tensor: Any = self._shard.handle.get_tensor(name)
-        if not tensor.is_floating_point():
-            self._refuse(f"tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')}, no real numbers")
-        tensor = tensor.to(dtype)
+    def _read(self, file: BufferedReader, name: str, *, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._file.read(file, name).to(dtype)
         if not bool(torch.isfinite(tensor).all()):
             self._refuse(
                 f"tensor {name!r} has values that are no numbers in {str(dtype).removeprefix('torch.')}"
             )
-        found: torch.Tensor = tensor
-        return found
+        return tensor
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise CheckpointError(f"{self._file}: {reason}.")
+        self._file.refuse(reason)
+
+
+def _open_weights(path: Path) -> AdapterFile:
+    file = path / WEIGHTS_FILE
+    others = [name for name in _OTHER_WEIGHTS_FILES if (path / name).exists()]
+    if others and not file.exists():
+        raise CheckpointError(
+            f"{path}: it has weights only as {others[0]}; convert them to safetensors ({WEIGHTS_FILE})."
+        )
+    return AdapterFile(file)

@@ -18,7 +18,7 @@ from graphllm.models.dummy import DummyCheckpoint
 from graphllm.models.family import Family
 from graphllm.models.gguf import GGUFCheckpoint
 from graphllm.models.hf_config import HFConfig
-from graphllm.models.hf_keys import QUANTIZATION_KEYS
+from graphllm.models.hf_keys import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from graphllm.models.hf_quantization import READERS, Rules
 from graphllm.models.packed_gguf import GgufRules, PackedGGUFCheckpoint
 from graphllm.models.registry import Configured, find_family
@@ -200,9 +200,19 @@ def refuse_quantization(checkpoint: Configured, *, asked: str | None) -> None:
 
 
 def quantization_section(config: HFConfig) -> HFConfig | None:
-    """What config.json says of packed weights, None where it says nothing; its keys count as understood."""
+    """What config.json, or a quantizer's own file, says of packed weights; None where nothing does.
+
+    All keys that may say it count as understood. Raises CheckpointError where two contradict each other.
+    """
     present = [key for key in QUANTIZATION_KEYS if config.get(key) is not None]
-    return config.section(present[0]) if present else None
+    if not present:
+        return None
+    first = present[0]
+    for key in present[1:]:
+        if config.get(key) != config.get(first):
+            config.refuse(key, f"contradicts '{first}'")
+    method = QUANTIZATION_FILES.get(first)
+    return config.section(first, defaults=None if method is None else {"quant_method": method})
 
 
 METHODS: Mapping[str, Callable[[HFConfig, HFConfig], Rules]] = READERS

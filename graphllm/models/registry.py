@@ -33,6 +33,7 @@ from graphllm.models.families.qwen2 import QWEN2
 from graphllm.models.families.qwen2_moe import QWEN2_MOE
 from graphllm.models.families.qwen3 import QWEN3
 from graphllm.models.families.qwen3_moe import QWEN3_MOE
+from graphllm.models.families.seed_oss import SEED_OSS
 from graphllm.models.families.smollm3 import SMOLLM3
 from graphllm.models.families.stablelm import STABLELM
 from graphllm.models.families.starcoder2 import STARCODER2
@@ -57,6 +58,7 @@ FAMILIES = (
     OLMO2,
     OLMO3,
     SMOLLM3,
+    SEED_OSS,
     COHERE,
     COHERE2,
     GLM,

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from graphllm.errors import CheckpointError
+from graphllm.models.hf_keys import QUANTIZATION_FILES, QUANTIZATION_KEYS
 from graphllm.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_WEIGHTS_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
 # Plain numbers, and what packed ones are made of.
-_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F8_E4M3"})
+_SUPPORTED_DTYPES = frozenset({"F32", "F16", "BF16", "U8", "I8", "I32", "I64", "F8_E4M3", "F8_E8M0"})
 _NOT_FILE_NAMES = frozenset({"", ".", ".."})
 _NOT_IN_FILE_NAMES = frozenset("/\\\0")
 _MAX_JSON_BYTES = 64 << 20
@@ -34,7 +35,8 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 class FolderCheckpoint:
     """Implements `Checkpoint` over memory-mapped safetensors files.
 
-    Reads config.json, generation_config.json when there is one, and the headers of all shards.
+    Reads config.json, generation_config.json when there is one, a quantizer's own file where config.json
+    says nothing of packed weights, and the headers of all shards.
     Raises CheckpointError naming the file and what is wrong with it. Shard names come from the
     folder's own index and must be plain file names, so nothing outside the folder is opened unless
     a file of the folder is itself a link, as in a Hub cache.
@@ -50,6 +52,7 @@ class FolderCheckpoint:
             _refuse(path, "is not a folder" if path.exists() else "no such folder")
         try:
             self.hf_config = read_json_object(path / "config.json")
+            add_quantization_file(self.hf_config, path)
             generation_config = path / "generation_config.json"
             self.generation_config = (
                 read_json_object(generation_config) if os.path.lexists(generation_config) else {}
@@ -91,6 +94,16 @@ class FolderCheckpoint:
             raise CheckpointError(f"{self.path}: it has no tensor {name!r}.") from None
 
 
+def add_quantization_file(hf_config: dict[str, Any], folder: Path) -> None:
+    """Where config.json says nothing of packed weights, add what a quantizer's own file in the folder says,
+    under the file's name. Raises CheckpointError for one that cannot be read."""
+    if all(hf_config.get(key) is None for key in QUANTIZATION_KEYS):
+        for name in QUANTIZATION_FILES:
+            if os.path.lexists(folder / name):
+                hf_config[name] = read_json_object(folder / name)
+                return
+
+
 @dataclass(frozen=True, slots=True)
 class _Shard:
     """One open safetensors file."""
@@ -103,7 +116,7 @@ class _Shard:
 def _open_shards(folder: Path) -> dict[str, _Shard]:
     """Tensor name to the shard that holds it. The single file wins over an index, as in transformers."""
     if os.path.lexists(folder / WEIGHTS_FILE):
-        shard = open_shard(folder / WEIGHTS_FILE)
+        shard = _open_shard(folder / WEIGHTS_FILE)
         return dict.fromkeys(shard.shapes, shard)
     if os.path.lexists(folder / INDEX_FILE):
         return _open_indexed_shards(folder / INDEX_FILE)
@@ -112,7 +125,7 @@ def _open_shards(folder: Path) -> dict[str, _Shard]:
 
 def _open_indexed_shards(index: Path) -> dict[str, _Shard]:
     weight_map = read_weight_map(index)
-    shards = {name: open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
+    shards = {name: _open_shard(index.parent / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in shards[name].shapes:
             _refuse(index, f"tensor {tensor!r} should be in {name}, which does not have it")
@@ -139,19 +152,32 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def open_shard(path: Path) -> _Shard:
+def _open_shard(path: Path) -> _Shard:
     if not path.is_file():
         _refuse(path, "is not a regular file" if path.exists() else "is missing")
     try:
-        shapes = _read_header(path)
+        shapes = {name: tensor.shape for name, tensor in read_header(path).items()}
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         _refuse(path, f"cannot be read: {error}", cause=error)
     return _Shard(path, shapes, handle)
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name to shape. Finds what the library lets pass (repeated names) or only hints at."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a file holds a tensor. dtype: in the format's words; start, end: bytes from the file's begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Tensors by name. Finds what the library lets pass (repeated names) or only hints at.
+
+    Raises CheckpointError. That a tensor has as many bytes as its shape needs is the library's to check.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -161,24 +187,24 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     header.pop("__metadata__", None)
     if not header:
         _refuse(path, "it has no tensors")
-    shapes: dict[str, tuple[int, ...]] = {}
-    end = 0
+    tensors: dict[str, StoredTensor] = {}
+    data, end = 8 + header_bytes, 0
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(), int(tensor_end)]} if all(
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
                 isinstance(length, int) for length in shape
             ):
-                end = max(end, tensor_end)
-                shapes[name] = tuple(shape)
+                end = max(end, stop)
+                tensors[name] = StoredTensor(dtype, tuple(shape), data + start, data + stop)
             case _:
                 _refuse(path, f"its header is damaged at tensor {name!r}")
         if dtype not in _SUPPORTED_DTYPES:
             supported = ", ".join(sorted(_SUPPORTED_DTYPES))
             _refuse(path, f"tensor {name!r} has dtype {dtype}, which is not supported; {supported} are")
-    data_bytes = size - 8 - header_bytes
+    data_bytes = size - data
     if data_bytes < end:
         _refuse(path, f"truncated: its header announces {end} bytes of data, but {data_bytes} are there")
-    return shapes
+    return tensors
 
 
 def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:

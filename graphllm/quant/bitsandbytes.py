@@ -191,7 +191,7 @@ class FourBit(PackedScheme):
         absmax = part["weight.absmax"]
         if self.form.is_nested:
             absmax = _nested_absmax(part, state.get("nested_offset"))
-        self.store(layer, first_row=first_row, codes=codes, scales=absmax.view(len(codes), -1))
+        self.store(layer, first_row=first_row, codes=codes, scales=_finite(absmax).view(len(codes), -1))
 
 
 class EightBit(PackedScheme):
@@ -216,7 +216,7 @@ class EightBit(PackedScheme):
         if name == "bias":
             self.store_bias(layer, tensor, first_row=first_row)
         elif name == "SCB":
-            self.store(layer, first_row=first_row, scales=tensor.float()[:, None] / 127)
+            self.store(layer, first_row=first_row, scales=_finite(tensor.float())[:, None] / 127)
         elif name == "weight":
             self.store(layer, first_row=first_row, codes=tensor)
         elif int(tensor):
@@ -226,7 +226,7 @@ class EightBit(PackedScheme):
 def _read_state(state: Tensor) -> dict[str, Any]:
     """The JSON object that a tensor of bytes holds."""
     try:
-        value = json.loads(bytes(state.tolist()))
+        value = json.loads(bytes(state.flatten().tolist()))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the state of its quantization is no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -236,8 +236,15 @@ def _read_state(state: Tensor) -> dict[str, Any]:
 
 def _nested_absmax(part: dict[str, Tensor], offset: object) -> Tensor:
     """[num_blocks] float32, from its bytes."""
-    if isinstance(offset, bool) or not isinstance(offset, int | float):
+    if not isinstance(offset, float):  # an integer may lie beyond every float, and the library writes none
         raise CheckpointError(f"'nested_offset' is {offset!r}, not a number")
     values = part["weight.nested_quant_map"][part["weight.absmax"].int()]
     factors = part["weight.nested_absmax"].repeat_interleave(_NESTED_BLOCK_SIZE)[: len(values)]
-    return values * factors + float(offset)
+    return values * factors + offset
+
+
+def _finite(scales: Tensor) -> Tensor:
+    """The same. Raises CheckpointError where one is not finite."""
+    if not scales.isfinite().all():
+        raise CheckpointError("its scales are not all finite")
+    return scales

@@ -146,6 +146,8 @@ class StoredScaled(ScaledScheme):
         scales = scales.float()
         if not scales.isfinite().all():
             raise CheckpointError(f"'{self.form.scale_name}' holds what is no finite number")
+        if (scales < 0).any():
+            raise CheckpointError(f"'{self.form.scale_name}' holds negative numbers")
         if self.form.scales_of == "tensor":
             return _one_scale(scales, self.form.scale_name)[:, None].expand(num_rows, 1)
         if self.form.block is not None:

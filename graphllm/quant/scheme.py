@@ -144,6 +144,10 @@ class ExpertScheme(LinearScheme, Protocol):
         ...
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Of the cards that multiply any weights but plain ones."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceNeeds:
     """What multiplies weights of a form.
@@ -153,7 +157,7 @@ class DeviceNeeds:
     """
 
     on_cpu: bool = True
-    capability: tuple[int, int] = (8, 0)
+    capability: tuple[int, int] = LEAST_CAPABILITY
     why: str = "bfloat16 matrix units"
     instead: str = "int8"
 
@@ -167,6 +171,8 @@ class DeviceNeeds:
             if not self.on_cpu:
                 raise ConfigError(f"Weights in {form} do not run on a CPU. {nearest}")
         elif capability is not None and capability < self.capability:
+            if capability < LEAST_CAPABILITY:
+                nearest = "The nearest that runs here is an unquantized version, as it is."
             least, found = (f"{major}.{minor}" for major, minor in (self.capability, capability))
             raise ConfigError(
                 f"Weights in {form} need {self.why}, which cards have from compute capability {least}; "

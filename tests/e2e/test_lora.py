@@ -138,7 +138,7 @@ def test_what_cannot_be_loaded_is_a_400_that_says_why(
         ({"lora_name": "x", "lora_path": str(tmp_path / "no")}, "lora_path", "no such folder"),
         ({"lora_name": "x", "lora_path": ""}, "lora_path", "must not be empty"),
         ({"lora_name": "base", "lora_path": folders["b"]}, "lora_name", "the base model's name"),
-        ({"lora_name": "", "lora_path": folders["b"]}, "lora_name", "1 to 200 characters"),
+        ({"lora_name": "", "lora_path": folders["b"]}, "lora_name", "1 to 200 printable characters"),
         ({"lora_name": "x"}, "lora_path", "lora_path"),
         ({"lora_name": "x", "lora_path": folders["b"], "rank": 3}, "rank", "rank"),
     ):

@@ -172,8 +172,8 @@ def test_names_that_are_taken_or_none_are_refused(model: Path, folders: list[str
         for name, reason in (
             ("a", "is loaded already"),
             (str(model), "is the base model's name"),
-            ("", "1 to 200 characters"),
-            ("x" * 201, "1 to 200 characters"),
+            ("", "1 to 200 printable characters"),
+            ("x" * 201, "1 to 200 printable characters"),
         ):
             with pytest.raises(InvalidRequestError, match=reason):
                 await engine.adapters.load(name, folders[1])

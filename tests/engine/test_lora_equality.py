@@ -12,23 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from graphllm.engine.engine import Engine
 from graphllm.runner.device import CpuDevice
 from graphllm.sampling_params import SamplingParams
 from tests.engine.harness import Collector, ended, running_engine
+from tests.engine.peft_oracle import PEFT_WARNINGS, greedy, merged_model, write_adapter
 from tests.tiny_model import HEAD_DIM, KV_HEADS, LAYERS, write_tiny_model
 
-# peft asks transformers by a name that has become another.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = PEFT_WARNINGS
 
 Answers = dict[str | None, list[list[int]]]
 """Tokens by adapter, None for the base, and prompt."""
 
 NUM_TOKENS = 12
-LEAST_MARGIN = 1e-3
 PROMPTS = [[5, 6, 7], [100, 42] * 9, list(range(61, 102)), [5]]
 SHORT_PROMPTS, MANY_TOKENS = [[5, 6, 7], [7], [8, 3]], 30
 # Different ranks, targets, factors and ways to give them; the second leaves keys and most layers alone.
@@ -61,42 +58,20 @@ def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Folders that peft has written."""
     folders = {}
     for seed, (name, config) in enumerate(ADAPTERS.items()):
-        torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(model)
-        adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
-        for parameter_name, parameter in adapted.named_parameters():
-            if "lora_" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        folders[name] = tmp_path_factory.mktemp(f"adapter-{seed}") / "adapter"
-        adapted.save_pretrained(folders[name])
+        folder = tmp_path_factory.mktemp(f"adapter-{seed}") / "adapter"
+        folders[name] = write_adapter(model, folder, seed=seed, **config)
     return folders
 
 
 @pytest.fixture(scope="module")
 def merged(model: Path, adapters: dict[str, Path]) -> dict[str | None, torch.nn.Module]:
     """The base, under None, and it merged with each adapter."""
-    found: dict[str | None, torch.nn.Module] = {None: AutoModelForCausalLM.from_pretrained(model)}
-    for name, path in adapters.items():
-        base = AutoModelForCausalLM.from_pretrained(model)
-        found[name] = PeftModel.from_pretrained(base, path).merge_and_unload()
-    return found
+    return {None: merged_model(model), **{name: merged_model(model, path) for name, path in adapters.items()}}
 
 
 @pytest.fixture(scope="module")
 def expected(merged: dict[str | None, torch.nn.Module]) -> Answers:
-    return {name: [greedy(model, prompt) for prompt in PROMPTS] for name, model in merged.items()}
-
-
-@torch.inference_mode()
-def greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int = NUM_TOKENS) -> list[int]:
-    """The likeliest continuation, on which two computations must agree: every choice is a clear one."""
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens])).logits[0, -1]
-        best = torch.topk(logits, 2).values
-        assert best[0] - best[1] > LEAST_MARGIN, "a poor prompt: choose another"
-        tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
+    return {name: [greedy(model, prompt, NUM_TOKENS) for prompt in PROMPTS] for name, model in merged.items()}
 
 
 def flags(adapters: dict[str, Path], **values: Any) -> dict[str, Any]:

@@ -34,7 +34,8 @@ Mutation = tuple[str, ConfigMutation] | tuple[str, WeightMutation]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilyCases:
-    """One family. name and models: for the documentation. architecture: transformers' class.
+    """One family. name and models: for the documentation. architecture: transformers' class;
+    older_architectures: what files called it before transformers had it.
 
     shape: the tiny configuration that all variants start from, and base what the family adds to it.
     config_mutants and weight_mutants: what is wrong, to the variant and the change.
@@ -43,6 +44,7 @@ class FamilyCases:
     name: str
     models: str
     architecture: str
+    older_architectures: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
     shape: Mapping[str, Any] = field(default_factory=lambda: TINY_SHAPE)
     variants: Mapping[str, Mapping[str, Any]]
@@ -424,6 +426,26 @@ OLMO3 = FamilyCases(
         "no stretching": ("stretched frequencies of full layers", rotary(scaling=None)),
     },
 )
+SEED_OSS = FamilyCases(
+    name="Seed-OSS",
+    models="Seed-OSS 36B",
+    architecture="SeedOssForCausalLM",
+    base={"head_dim": 16},
+    variants={
+        "biases of queries, keys and values": {},
+        "biases of all others, tied": {
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    },
+    config_mutants={
+        "no biases": ("biases of queries, keys and values", change(attention_bias=False)),
+        "no bias behind attention": ("biases of all others, tied", change(attention_output_bias=False)),
+        "no biases within the feed-forward layer": ("biases of all others, tied", change(mlp_bias=False)),
+    },
+)
 SMOLLM3 = FamilyCases(
     name="SmolLM3",
     models="SmolLM3",
@@ -686,6 +708,7 @@ FALCON = FamilyCases(
     name="Falcon",
     models="Falcon 7B, 11B, 40B and 180B, Falcon-RW",
     architecture="FalconForCausalLM",
+    older_architectures=("RWForCausalLM",),
     shape=OWN_INNER_SHAPE,
     base={"layer_norm_epsilon": 1e-2, "ffn_hidden_size": 80, "tie_word_embeddings": True},
     variants={
@@ -745,6 +768,7 @@ FAMILIES = (
     OLMO2,
     OLMO3,
     SMOLLM3,
+    SEED_OSS,
     COHERE,
     COHERE2,
     GLM,

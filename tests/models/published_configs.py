@@ -12,6 +12,7 @@ from tests.models.published_dense_configs import (
     GLM_MODELS,
     GRANITE_MODELS,
     OLMO_MODELS,
+    SEED_OSS_MODELS,
     SMOLLM3_MODELS,
 )
 from tests.models.published_gemma_configs import GEMMA_MODELS, PHI_3_MODELS
@@ -46,6 +47,7 @@ PUBLISHED_MODELS = (
     *COHERE_MODELS,
     *GLM_MODELS,
     *SMOLLM3_MODELS,
+    *SEED_OSS_MODELS,
     *GPT2_MODELS,
     *OPT_MODELS,
     *GPT_NEOX_MODELS,

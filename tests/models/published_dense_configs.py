@@ -254,3 +254,32 @@ SMOLLM3 = {
     "vocab_size": 128256,
 }
 SMOLLM3_MODELS = (PublishedModel("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, SMOLLM3),)
+
+SEED_OSS = {
+    "architectures": ["SeedOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.1,
+    "attention_out_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 524288,
+    "mlp_bias": False,
+    "model_type": "seed_oss",
+    "residual_dropout": 0.1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"rope_type": "default"},
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 155136,
+}
+SEED_OSS_MODELS = (
+    PublishedModel(
+        "ByteDance-Seed/Seed-OSS-36B-Instruct",
+        36_151_104_512,
+        with_keys(SEED_OSS, **shape(5120, 27648, layers=64, heads=80, key_heads=8)),
+    ),
+)

@@ -254,6 +254,37 @@ FALCON_MODELS = (
     ),
 )
 
+RW = with_keys(
+    FALCON,
+    architectures=["RWForCausalLM"],
+    auto_map={
+        "AutoConfig": "configuration_RW.RWConfig",
+        "AutoModelForCausalLM": "modelling_RW.RWForCausalLM",
+    },
+    initializer_range=0.02,
+    model_type="RefinedWebModel",
+)
+# What transformers has no class for, so they stand in no other table.
+FIRST_FALCON_MODELS = (
+    PublishedModel(
+        "tiiuae/falcon-7b",
+        6_921_720_704,
+        with_keys(RW, hidden_size=4544, n_head=71, n_layer=32),
+    ),
+    PublishedModel(
+        "tiiuae/falcon-40b",
+        41_303_293_952,
+        with_keys(
+            {key: value for key, value in RW.items() if key != "multi_query"},
+            hidden_size=8192,
+            model_type="RefinedWeb",
+            n_head=128,
+            n_head_kv=8,
+            n_layer=60,
+        ),
+    ),
+)
+
 PHI = {
     "architectures": ["PhiForCausalLM"],
     "attention_dropout": 0.0,

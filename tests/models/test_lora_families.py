@@ -92,11 +92,33 @@ def test_adapters_change_every_layer_as_peft_does(cases: FamilyCases, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("form", "accuracy"), [("int8", 1e-3), ("int4", 1e-3), ("fp8", 0.2)], ids=["int8", "int4", "fp8"]
+)
+def test_adapters_are_added_to_what_quantized_layers_give(form: str, accuracy: float, tmp_path: Path) -> None:
+    """As to a plain model of the same numbers. FP8 rounds what its layers are given, too."""
+    model = tiny(LLAMA)
+    ours, same = paged(model, quantization=form), paged(model)
+    for path, layer in adaptable_layers(ours.model).items():
+        rows = layer.scheme.dequantized_rows(layer, 0, layer.out_features, dtype=torch.float32)
+        plain = same.model.get_submodule(path).get_parameter("weight")
+        assert not torch.equal(rows, plain), "it is quantized"
+        plain.data.copy_(rows)
+    names, token_ids = names_of(model, ours), prompt(40)
+    adapted(model, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"], tmp_path / "adapter")
+    without = ours.step([(0, token_ids)])
+    for each in (ours, same):
+        put_on(each, AdapterFolder(tmp_path / "adapter", names, max_rank=MAX_RANK))
+    found, expected = ours.step([(1, token_ids)]), same.step([(1, token_ids)])
+    assert error(found, expected) < accuracy * error(without, expected)
+
+
+@pytest.mark.parametrize(
     ("cases", "layer", "reason"),
     [
         (GPT2, "transformer.h.0.attn.c_attn", "keeps in another order"),
         (FALCON, "transformer.h.1.self_attention.query_key_value", "keeps in another order"),
         (MIXTRAL, "model.layers.0.mlp.experts.gate_up_proj", "experts are not served"),
+        (DEEPSEEK_V3, "model.layers.0.self_attn.kv_b_proj", "computes with inside the latent"),
         (LLAMA, "lm_head", "an embedding or a head"),
         (LLAMA, "model.embed_tokens", "an embedding or a head"),
         (LLAMA, "model.norm", "no linear layer of this model"),

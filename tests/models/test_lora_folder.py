@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ import torch
 from graphllm.attention.paged import PagedAttention
 from graphllm.errors import CheckpointError
 from graphllm.kernels.linear import linear_ref
-from graphllm.layers.lora import AdapterLayout
+from graphllm.layers.lora import AdapterLayout, AdapterViews
 from graphllm.models.adaptable import adaptable_layers
 from graphllm.models.adapter_names import AdapterNames
 from graphllm.models.checkpoint import open_checkpoint
 from graphllm.models.lora import AdapterFolder
 from graphllm.models.registry import find_family
 from graphllm.models.weights import load_model
-from tests.tiny_adapters import write_tiny_adapter
-from tests.tiny_model import HEAD_DIM, HEADS, HIDDEN, write_tiny_model
+from tests.tiny_adapters import ALL_TARGETS, write_tiny_adapter
+from tests.tiny_model import HEAD_DIM, HEADS, HIDDEN, LAYERS, write_tiny_model
 
 MAX_RANK = 8
 FIRST_QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -91,7 +92,18 @@ def test_rank_stabilized_adapters_divide_by_the_root_of_the_rank(base: Base, tmp
         ({"use_rslora": "yes"}, "'use_rslora' is 'yes'"),
         ({"rank_pattern": {"q_proj": -1}}, "'rank_pattern' has -1"),
         ({"rank_pattern": {"(": 4}}, "'rank_pattern' has '(', which is no pattern"),
+        ({"rank_pattern": {"(a|.*)*": 4}}, "'rank_pattern' has '(a|.*)*'; at most 2"),
+        ({"rank_pattern": {"(a|a)(a|a)(a|a)": 4}}, "'rank_pattern' has '(a|a)(a|a)(a|a)'; at most 2"),
+        (
+            {"alpha_pattern": dict.fromkeys(map(str, range(1025)), 4)},
+            "'alpha_pattern' has 1025 patterns, 0 of which are more than a name; at most 1024 and 16",
+        ),
+        (
+            {"alpha_pattern": {f".*{number}": 4 for number in range(17)}},
+            "'alpha_pattern' has 17 patterns, 17 of which are more than a name; at most 1024 and 16",
+        ),
         ({"alpha_pattern": [1]}, "'alpha_pattern' is [1]"),
+        ({"alpha_pattern": {"q_proj": 1e300}}, "'alpha_pattern' has 1e+300, which is no number"),
         ({"target_modules": {"q_proj": 1}}, "'target_modules' is {'q_proj': 1}"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -123,6 +135,32 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
+def linked(folder: Path) -> None:
+    """To itself."""
+    path = folder / "adapter_model.safetensors"
+    path.unlink()
+    path.symlink_to(path)
+
+
+def piped(folder: Path) -> None:
+    """Who opens it waits for ever."""
+    path = folder / "adapter_config.json"
+    path.unlink()
+    os.mkfifo(path)
+
+
+def lying(folder: Path) -> None:
+    """A tensor's bytes begin before its own."""
+    path = folder / "adapter_model.safetensors"
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    first = min((entry for name, entry in header.items()), key=lambda entry: entry["data_offsets"][1])
+    first["data_offsets"][0] -= 4
+    written = json.dumps(header).encode()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    path.write_bytes(len(written).to_bytes(8, "little") + written + data)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -134,8 +172,11 @@ def pickled(folder: Path) -> None:
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "truncated or damaged"),
         (cut, "truncated"),
         (pickled, "only as adapter_model.bin; convert them"),
+        (linked, "safetensors: is missing"),
+        (piped, "adapter_config.json: is not a regular file"),
+        (lying, "header is damaged at tensor"),
     ],
-    ids=["r", "kind", "no config", "no json", "no weights", "empty", "cut", "pickle"],
+    ids=["r", "kind", "config", "json", "weights", "empty", "cut", "pickle", "link", "pipe", "lie"],
 )
 def test_damaged_folders_are_refused(
     change: Callable[[Path], Any], expected: str, base: Base, tmp_path: Path
@@ -151,12 +192,16 @@ def test_damaged_folders_are_refused(
     ("tensors", "expected"),
     [
         ({f"{FIRST_QUERY}.lora_B.weight": None}, "has no lora_B"),
+        (
+            {f"{FIRST_QUERY}.lora_A.weight": torch.zeros(4, HIDDEN).to(torch.float8_e4m3fn)},
+            "holds F8_E4M3; F32, F16, BF16",
+        ),
         ({f"{FIRST_QUERY}.lora_A.weight": torch.zeros(5, HIDDEN)}, r"has shape \[5, 48\]; .* \[4, 48\]"),
         ({f"{FIRST_QUERY}.lora_B.weight": torch.zeros(8, 4)}, r"has shape \[8, 4\]; .* \[64, 4\]"),
         ({f"{FIRST_QUERY}.lora_A.weight": torch.full((4, HIDDEN), torch.nan)}, "values that are no numbers"),
         (
             {f"{FIRST_QUERY}.lora_A.weight": torch.zeros(4, HIDDEN, dtype=torch.uint8)},
-            "holds uint8, no real numbers",
+            "holds U8; F32, F16, BF16 are what adapters hold",
         ),
         (
             {f"{FIRST_QUERY}.lora_A.weight": None, f"{FIRST_QUERY}.lora_B.weight": None},
@@ -184,7 +229,19 @@ def test_damaged_folders_are_refused(
             "is there twice",
         ),
     ],
-    ids=["B", "A's shape", "B's shape", "NaN", "bytes", "no layer", "DoRA", "head", "layer 7", "twice"],
+    ids=[
+        "B",
+        "8 bits",
+        "A's shape",
+        "B's shape",
+        "NaN",
+        "bytes",
+        "no layer",
+        "DoRA",
+        "head",
+        "layer 7",
+        "twice",
+    ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
     tensors: dict[str, torch.Tensor | None], expected: str, base: Base, tmp_path: Path
@@ -207,6 +264,51 @@ def test_tensors_of_layers_that_no_target_means_are_refused(base: Base, tmp_path
         base.read(folder)
 
 
-def test_a_folder_that_is_none_is_refused(base: Base, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
-        base.read(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("nothing", "no such folder"), ("x" * 300, "cannot be read: .*name too long"), ("file", "not a folder")],
+    ids=["nothing", "too long", "file"],
+)
+def test_a_folder_that_is_none_is_refused(path: str, reason: str, base: Base, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=reason):
+        base.read(tmp_path / path)
+
+
+@pytest.mark.parametrize("reads", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 5000),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.with_suffix(".new").rename(path),
+    ],
+    ids=["shorter", "rewritten", "replaced"],
+)
+def test_a_file_that_changes_while_it_is_read_is_refused_or_read_as_it_was(
+    change: Callable[[Path], Any], reads: int, base: Base, tmp_path: Path
+) -> None:
+    """A mapped file that became shorter would end the process."""
+    folder = write_tiny_adapter(tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    expected = base.read(folder)
+    path.with_suffix(".new").write_bytes(bytes(path.stat().st_size))
+    os.utime(path, ns=(0, 0))
+    image = torch.full((base.layout.num_bytes,), 0xFF, dtype=torch.uint8)
+    slices = AdapterFolder(folder, base.names, max_rank=MAX_RANK).read_in_slices(image, base.layout)
+    for _ in range(reads * (1 + len(ALL_TARGETS) * LAYERS)):
+        next(slices)
+    change(path)
+    try:
+        for _ in slices:
+            pass
+    except CheckpointError as error:
+        assert error.message.startswith(f"{path}: it ") and "while it was read" in error.message
+    else:
+        assert reads == 1 and not path.with_suffix(".new").exists(), "it had opened what was replaced"
+        views = (base.layout.views(each[None], "layers.1.mlp.down") for each in (image, expected))
+        assert all(torch.equal(*pair) for pair in zip(*map(dataclass_values, views), strict=True))
+
+
+def dataclass_values(views: AdapterViews) -> list[torch.Tensor]:
+    return [views.down, views.up, views.scales]

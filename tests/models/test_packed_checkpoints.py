@@ -343,6 +343,28 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
         ),
         rf"'{Q}' is stored unquantized and '.*k_proj' as GPTQ, 4 bits in groups of 32; they are parts",
     ),
+    "plain numbers beside packed ones": (
+        "GPTQ",
+        lambda checkpoint: checkpoint.tensors.update({f"{Q}.weight": torch.ones(64, 64)}),
+        rf"'{Q}.weight' is not used",
+    ),
+    "codes of no size": ("AWQ", tensor("qweight", lambda t: t[:0]), rf"'{Q}.qweight' has shape \[0, 8\]"),
+    "an infinite scale": (
+        "compressed-tensors",
+        tensor("weight_scale", lambda t: t.index_fill(0, torch.tensor([3]), torch.inf)),
+        rf"'{Q}.weight_scale'.*not all finite",
+    ),
+    "scales of integers": ("GPTQ", tensor("scales", lambda t: t.int()), rf"'{Q}.scales' holds int32"),
+    "zeros of another shape": ("AWQ", tensor("qzeros", lambda t: t.t().contiguous()), "qzeros' has shape"),
+    "a method of tomorrow": ("GPTQ", setting(quant_method="quip"), "quant_method' is 'quip', not one of awq"),
+    "no method": ("GPTQ", setting(quant_method=None), "quant_method' is missing; it should be one of awq"),
+    "a method that is not the tensors'": (
+        "AWQ",
+        setting(quant_method="gptq", version=None, zero_point=None),
+        r"down_proj.g_idx', .* are missing",
+    ),
+    "a group below zero": ("AWQ", setting(group_size=-2), "'quantization_config.group_size' is -2, not -1"),
+    "older kernels' packing": ("GPTQ", setting(is_marlin_format=True), "is_marlin_format' is True"),
     "three bits": ("GPTQ", setting(bits=3), "'quantization_config.bits' is 3; only 4 and 8"),
     "two bits": ("GPTQ", setting(bits=2), "'quantization_config.bits' is 2; only 4 and 8"),
     "a group that is no number": (

@@ -22,6 +22,7 @@ from tests.models.memory_checkpoint import MemoryCheckpoint
 from tests.models.published_configs import PUBLISHED_MODELS
 from tests.models.published_model import PublishedModel
 from tests.models.published_moe_configs import DEEPSEEK_V3_671B
+from tests.models.published_older_configs import FIRST_FALCON_MODELS
 from tests.models.published_tensors import PUBLISHED_TENSORS, PublishedTensors
 
 NOWHERE = torch.device("meta")
@@ -66,11 +67,12 @@ def test_table_has_a_model_of_every_architecture_that_is_published() -> None:
     served = {name for family in FAMILIES for name in family.architectures}
     listed = {model.config["architectures"][0] for model in PUBLISHED_MODELS}
     # Ministral's models of 2024 call themselves Mistral, those of 2025 are text parts; the architectures came
-    # later. The rest is what transformers calls a listed decoder without its head, of which no model is at
-    # hand that many serve.
+    # later; Falcon's first name is below. The rest is what transformers calls a listed decoder without its
+    # head, of which no model is at hand that many serve.
     assert served - listed == {
         "MinistralForCausalLM",
         "Ministral3ForCausalLM",
+        "RWForCausalLM",
         "LlamaModel",
         "GemmaModel",
         "Qwen3Model",
@@ -164,6 +166,11 @@ def test_falcon_7b_has_one_key_head_whatever_its_file_counts() -> None:
     assert read_published("tiiuae/falcon-7b").num_kv_heads == 1
     assert read_published("tiiuae/falcon-40b").num_kv_heads == 8
     assert read_published("tiiuae/falcon-rw-1b").num_kv_heads == 32
+
+
+@pytest.mark.parametrize("first", FIRST_FALCON_MODELS, ids=lambda model: model.name)
+def test_first_files_of_falcon_mean_what_later_ones_do(first: PublishedModel) -> None:
+    assert read(first.config) == read_published(first.name)
 
 
 def test_context_of_dual_chunk_attention_ends_with_the_first_chunk() -> None:

@@ -22,7 +22,7 @@ from graphllm.models.weights import load_model
 from graphllm.quant.online import ONLINE_FORMS
 from graphllm.quant.packed import PackedScheme
 from graphllm.quant.scaled_form import ScaledForm
-from graphllm.quant.scheme import DeviceNeeds
+from graphllm.quant.scheme import LEAST_CAPABILITY, DeviceNeeds
 from graphllm.runner.memory_estimate import weight_bytes
 from tests.models.equality import prompt
 from tests.models.memory_checkpoint import MemoryCheckpoint
@@ -90,10 +90,13 @@ def test_what_a_card_cannot_run_is_refused_with_the_nearest_that_it_can(name: st
     message = caught.value.message
     assert name in message and f"from compute capability {major}.{minor}" in message
     assert f"this one's is {older[0]}.{older[1]}" in message and needs.why in message
+    if needs.capability == LEAST_CAPABILITY:
+        assert message.endswith("The nearest that runs here is an unquantized version, as it is.")
+        return
     assert f"--quantization {needs.instead}" in message
     # The nearest runs wherever anything does.
     nearest = ONLINE_FORMS[needs.instead].devices
-    assert nearest.on_cpu and nearest.capability == (8, 0)
+    assert nearest.on_cpu and nearest.capability == LEAST_CAPABILITY
 
 
 def test_what_a_processor_cannot_run_is_refused() -> None:

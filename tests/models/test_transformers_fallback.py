@@ -61,7 +61,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "Nemotron": {},
     "Olmo": {"clip_qkv": 0.5},
     "Persimmon": {"num_key_value_heads": 4},
-    "SeedOss": {"head_dim": 16},
+    "HunYuanDenseV1": {"head_dim": 16},
     # Experts, which published files keep one by one and modules together.
     "Afmoe": EXPERTS | {"num_experts": 4, "num_dense_layers": 1, "head_dim": 20, **WINDOWS},
     "Ernie4_5_Moe": EXPERTS | {"moe_num_experts": 11, "moe_k": 2, "moe_layer_start_index": 1},

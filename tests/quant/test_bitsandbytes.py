@@ -148,6 +148,7 @@ def state_with(**changes: Any) -> Tensor:
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
+NAN = torch.full((128,), torch.nan)
 DAMAGE: list[tuple[str, Tensor | None, str]] = [
     ("weight.quant_map", None, f"'{NAME}.weight.quant_map' is missing"),
     ("weight.quant_map", torch.linspace(-1, 1, 16), "is not the codebook of nf4"),
@@ -156,15 +157,49 @@ DAMAGE: list[tuple[str, Tensor | None, str]] = [
     (STATE, state_with(blocksize=128), "says 'blocksize' is 128, not 64"),
     (STATE, state_with(shape=[128, 64]), "says 'shape' is [128, 64], not [64, 128]"),
     (STATE, torch.tensor([200, 1], dtype=torch.uint8), "is no JSON"),
+    (STATE, torch.tensor([[91, 93]], dtype=torch.uint8), "is no JSON object"),
+    (STATE, torch.tensor([], dtype=torch.uint8), "is no JSON"),
+    ("weight.absmax", NAN, "its scales are not all finite"),
+]
+NESTED_DAMAGE: list[tuple[str, Tensor, str]] = [
+    ("weight.nested_absmax", torch.full((1,), torch.inf), "its scales are not all finite"),
+    ("weight.nested_quant_map", torch.full((256,), torch.nan), "its scales are not all finite"),
+    ("weight.nested_quant_map", torch.zeros(16), f"'{NAME}.weight.nested_quant_map' has shape [16]"),
+    (STATE, state_with(nested_blocksize=64), "says 'nested_blocksize' is 64, not 256"),
+    (STATE, state_with(nested_blocksize=256), "'nested_offset' is None, not a number"),
+    (STATE, state_with(nested_blocksize=256, nested_offset=10**400), "'nested_offset' is 1000"),
+    (STATE, state_with(nested_blocksize=256, nested_offset=torch.nan), "its scales are not all finite"),
 ]
 
 
-@pytest.mark.parametrize(("tensor", "value", "complaint"), DAMAGE)
-def test_damage_is_refused_by_name(tensor: str, value: Tensor | None, complaint: str) -> None:
-    checkpoint, _ = checkpoint_of("nf4")
+@pytest.mark.parametrize(
+    ("is_nested", "tensor", "value", "complaint"),
+    [*((False, *damage) for damage in DAMAGE), *((True, *damage) for damage in NESTED_DAMAGE)],
+)
+def test_damage_is_refused_by_name(
+    is_nested: bool, tensor: str, value: Tensor | None, complaint: str
+) -> None:
+    checkpoint, _ = checkpoint_of("nf4", is_nested=is_nested)
     del checkpoint.tensors[f"{NAME}.{tensor}"]
     if value is not None:
         checkpoint.tensors[f"{NAME}.{tensor}"] = value
+    with pytest.raises(CheckpointError) as caught:
+        load(checkpoint)
+    assert complaint in caught.value.message and NAME in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "complaint"),
+    [
+        ("SCB", torch.full((64,), torch.nan), "its scales are not all finite"),
+        ("SCB", torch.ones(64, 1), f"'{NAME}.SCB' has shape [64, 1]"),
+        ("weight", torch.zeros(64, 128), "holds float32, not int8"),
+        ("weight_format", torch.tensor(2, dtype=torch.uint8), "is 2; only 0, row by row"),
+    ],
+)
+def test_damage_of_eight_bits_is_refused_by_name(tensor: str, value: Tensor, complaint: str) -> None:
+    checkpoint, _ = checkpoint_of("int8")
+    checkpoint.tensors[f"{NAME}.{tensor}"] = value
     with pytest.raises(CheckpointError) as caught:
         load(checkpoint)
     assert complaint in caught.value.message and NAME in caught.value.message

@@ -86,6 +86,7 @@ def test_any_mixture_of_adapters_comes_to_its_end(seed: int) -> None:
         num_blocks=rng.choice([15, 33]),
         host_tier=HostTier(num_swap_blocks=rng.choice([0, 40]), num_cache_blocks=0),
         enable_prefix_caching=rng.random() < 0.5,
+        windows=rng.choice([(None,), (None, 6)]),
     )
     known = [None, *adapters(4)]
     for _ in range(30):
@@ -153,6 +154,29 @@ def test_an_adapter_in_constant_demand_gives_way_to_one_that_waits() -> None:
             simulation.run()
             return
     raise AssertionError("it never ran")
+
+
+def test_a_swapped_sequence_does_not_start_when_its_adapter_has_gone_meanwhile() -> None:
+    """Its blocks are being copied up, nobody holds the place, and somebody of better priority wants it."""
+    tier = HostTier(num_swap_blocks=40, num_cache_blocks=0)
+    simulation = AdapterSimulation(num_places=1, num_blocks=10, host_tier=tier)
+    first, second = adapters(2)
+    one, two = (simulation.add_for(first, [number], max_tokens=25) for number in (1, 2))
+    while not one.is_finished:
+        simulation.complete_transfers()
+        if simulation.launch() is None and simulation.device.queue:
+            simulation.complete()
+    while simulation.device.queue:
+        simulation.complete()
+    assert simulation.launch() is None and simulation.device.transfers, "the second is being copied up"
+    urgent = simulation.add_for(second, [3], max_tokens=3, priority=-1)
+    assert simulation.launch() is None and simulation.uploads
+    simulation.complete_transfers()
+    batch = simulation.launch()
+    assert batch is not None and [row.sequence.group for row in batch.rows] == [urgent]
+    simulation.run()
+    simulation.assert_all_as_expected()
+    assert two.is_finished and simulation.num_uploads == 3
 
 
 def test_the_adapter_used_longest_ago_makes_room() -> None:

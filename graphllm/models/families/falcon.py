@@ -1,7 +1,8 @@
 """Falcon (Almazrouei et al., 2023, arXiv:2311.16867), in its three architectures.
 
 The small old models have ALiBi and a key head for each query head, the 7B model one key head and no other
-norm than a layer's first, the later ones groups and a norm each for attention and feed-forward.
+norm than a layer's first, the later ones groups and a norm each for attention and feed-forward. Files from
+before transformers knew the family, and models trained on from them, call the same things otherwise.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from graphllm.models.weight_layouts import grouped_qkv
 def read_config(config: HFConfig) -> ModelConfig:
     """The switches are not independent: the new architecture is parallel whatever `parallel_attn` says."""
     config.expect("apply_residual_connection_post_layernorm", False)
+    is_first = config.get("n_layer") is not None
     config = config.renamed(
-        hidden_act="activation", intermediate_size="ffn_hidden_size", num_key_value_heads="num_kv_heads"
+        hidden_act="activation",
+        intermediate_size="ffn_hidden_size",
+        num_key_value_heads="n_head_kv" if is_first else "num_kv_heads",
     )
-    is_new = config.flag("new_decoder_architecture", default=False)
+    if is_first:
+        config = config.renamed(num_attention_heads="n_head", num_hidden_layers="n_layer")
+    # The first files have no key for it: the 40B model was "RefinedWeb", the others "RefinedWebModel".
+    is_new = config.flag("new_decoder_architecture", default=config.get("model_type") == "RefinedWeb")
     has_one_key_head = config.flag("multi_query", default=True) and not is_new
     has_alibi = config.flag("alibi", default=False)
     bias = config.flag("bias", default=False)
@@ -59,7 +66,7 @@ def read_config(config: HFConfig) -> ModelConfig:
 
 
 FALCON = Family(
-    architectures=("FalconForCausalLM",),
+    architectures=("FalconForCausalLM", "RWForCausalLM"),
     read_config=read_config,
     weight_names={
         "embedding": "transformer.word_embeddings",
