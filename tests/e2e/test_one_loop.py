@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -28,6 +30,15 @@ from graphllm.server.openai.chat_completions import ChatCompletions
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 ENDLESS = {"ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def garbage_of_other_tests() -> None:
+    """A server that is ready collects what is dead in this process, and libraries of clients that ran here
+    before leave sockets to the collector. That they were not closed is no fault of the server's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @contextlib.asynccontextmanager
