@@ -265,7 +265,7 @@ def _memory_lines(capacity: CapacityPlan) -> list[str]:
         ("  attention", weights.attention, ""),
         ("  feed-forward", weights.feed_forward, ""),
         ("  norms", weights.norms, f"{weights.norms / 1024**2:.2f} MiB"),
-        ("  head", weights.head, "" if weights.head else "the embedding's"),
+        ("  head", weights.head, "" if weights.head else _no_head_of_its_own(capacity.model_config)),
         ("largest step", memory.arena_bytes, f"estimated, {limits.max_num_batched_tokens:,} tokens"),
         (
             "step tables",
@@ -293,6 +293,10 @@ def _adapters_note(config: EngineConfig) -> str:
     if not config.serves_lora:
         return "none (--enable-lora)"
     return f"--max-loras {config.max_loras} of --max-lora-rank {config.max_lora_rank}"
+
+
+def _no_head_of_its_own(config: ModelConfig) -> str:
+    return "the embedding's" if config.has_head else "none; the model gives no tokens"
 
 
 def _name(dtype: torch.dtype) -> str:

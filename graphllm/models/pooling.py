@@ -23,6 +23,7 @@ from graphllm.models.dummy import STANDARD_DEVIATION, DummyCheckpoint
 from graphllm.models.family import Family, Pooling, PoolingMethod
 from graphllm.models.safetensors_folder import WEIGHTS_FILE
 from graphllm.models.sentence_transformers import (
+    MODULES_FILE,
     SentenceTransformer,
     has_sentence_transformer,
     read_cross_encoder_activation,
@@ -113,6 +114,11 @@ def read_pooling(
     published = SentenceTransformer(method=pooling.method, normalizes=True)
     if is_for_vectors and has_sentence_transformer(checkpoint.path):
         published = read_sentence_transformer(checkpoint.path)
+        if published.width is not None and published.width != config.hidden_size:
+            raise CheckpointError(
+                f"{checkpoint.path}: {MODULES_FILE}'s Pooling is of states of {published.width} numbers, and "
+                f"the model's have {config.hidden_size}."
+            )
     can_be_cut, sizes = _read_sizes(checkpoint)
     layers = tuple(
         PoolerLayer(

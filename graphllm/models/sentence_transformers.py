@@ -72,12 +72,14 @@ class DenseLayer:
 class SentenceTransformer:
     """What modules.json and the files that it names say.
 
+    width: how many numbers the pooling file says that a token's state has, None where it says nothing.
     max_tokens: the longest text with its special tokens, None where the model alone decides. prompts: texts
     that are put in front of a text, by their names; default_prompt: the name of the one that is used where
     none is asked for. similarity: how the makers compare vectors.
     """
 
     method: PoolingMethod
+    width: int | None = None
     dense: tuple[DenseLayer, ...] = ()
     normalizes: bool = False
     max_tokens: int | None = None
@@ -104,7 +106,7 @@ def read_sentence_transformer(path: Path) -> SentenceTransformer:
         )
     for kind, folder in modules[2:]:
         if kind not in ("Dense", "Normalize"):
-            _refuse(path / MODULES_FILE, f"has a second module {kind} in {folder!r}")
+            _refuse(path / MODULES_FILE, f"has the module {kind} in {folder!r}, which is not supported")
     if modules[0][1]:
         _refuse(
             path / MODULES_FILE, f"keeps the model in {modules[0][1]!r}; give that folder to serve it alone"
@@ -112,8 +114,12 @@ def read_sentence_transformer(path: Path) -> SentenceTransformer:
     max_tokens, lowercases = _read_length(path)
     settings = _Object.read(path / SETTINGS_FILE)
     prompts = _read_prompts(settings)
+    pooling = _Object.read(path / modules[1][1] / "config.json", is_needed=True)
     return SentenceTransformer(
-        method=_read_method(_Object.read(path / modules[1][1] / "config.json", is_needed=True)),
+        method=_read_method(pooling),
+        width=(
+            pooling.optional_size("word_embedding_dimension") or pooling.optional_size("embedding_dimension")
+        ),
         dense=tuple(_read_dense(path, folder) for kind, folder in modules[2:] if kind == "Dense"),
         normalizes=kinds[-1] == "Normalize",
         max_tokens=max_tokens,

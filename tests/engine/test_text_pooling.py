@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from graphllm.config import EngineConfig, PlanConfig
 from graphllm.engine.engine import Engine
+from graphllm.engine.planning import as_text, plan_capacity
 from graphllm.errors import ConfigError, InvalidRequestError
 from graphllm.models.pooling import PoolingConfig, read_pooling
 from graphllm.runner.device import CpuDevice, Device, InlineDevice
@@ -232,6 +234,37 @@ def test_the_published_length_bounds_texts(tmp_path: Path) -> None:
             assert engine.max_model_len == 33
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [("BertModel", {}), ("Gemma3TextModel", {"head_dim": 32, "use_bidirectional_attention": True})],
+)
+def test_weights_made_smaller_give_vectors_nearby(
+    tmp_path: Path, architecture: str, keys: dict[str, Any]
+) -> None:
+    model = write_model(tmp_path, architecture, hidden_size=64, intermediate_size=128, **keys)
+    write_sentence_transformer(
+        tmp_path, pooling={"pooling_mode_mean_tokens": True, "word_embedding_dimension": 64}
+    )
+    expected = hidden_states(model, prompt(40)).mean(0)
+
+    async def distance(quantization: str) -> float:
+        async with running_engine(tmp_path, max_num_seqs=2, quantization=quantization) as engine:
+            sink = Pooled(engine, "r", prompt(40))
+            await ended(sink)
+        return 1.0 - float(torch.cosine_similarity(torch.tensor(sink.embedding), expected, dim=0))
+
+    int8, int4 = (asyncio.run(distance(quantization)) for quantization in ("int8", "int4"))
+    assert 1e-6 < int8 < 2e-3
+    assert int8 < int4 < 0.1
+
+
+def test_a_plan_knows_what_an_encoder_has_not(tmp_path: Path) -> None:
+    write_model(tmp_path, "BertModel", max_position_embeddings=4096)
+    plan = plan_capacity(EngineConfig(model=str(tmp_path)), PlanConfig(gpu="h100"))
+    assert "none; the model gives no tokens" in as_text(plan)
+    assert plan.limits.max_model_len == plan.limits.max_num_batched_tokens == 4096
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=3), SamplingParams(max_tokens=0)])

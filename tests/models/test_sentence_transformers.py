@@ -168,7 +168,10 @@ TRANSFORMER, POOLING = module("Transformer"), module("Pooling", "1_Pooling")
         ([], "is not a list of modules"),
         ([TRANSFORMER], "has the modules Transformer; what is supported is"),
         ([module("StaticEmbedding")], "has the modules StaticEmbedding"),
-        ([TRANSFORMER, POOLING, module("LayerNorm", "2_LayerNorm")], "a second module LayerNorm"),
+        (
+            [TRANSFORMER, POOLING, module("LayerNorm", "2_LayerNorm")],
+            "the module LayerNorm in '2_LayerNorm', which is not supported",
+        ),
         ([TRANSFORMER, POOLING, module("Normalize", "2"), module("Dense", "2_Dense")], "has the modules"),
         ([module("Transformer", package="custom_st."), POOLING], "'custom_st.Transformer', which is code"),
         ([module("Transformer", "0_Transformer"), POOLING], "keeps the model in '0_Transformer'"),
@@ -198,6 +201,20 @@ def pooling_of(folder: Path) -> PoolingConfig:
     found = read_pooling(checkpoint, family, read_model_config(checkpoint, family))
     load_pooler(checkpoint, found, tokenizer=checkpoint.load_tokenizer(), device=CPU)
     return found
+
+
+def test_pooling_of_another_models_states_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, "BertModel")
+    write_sentence_transformer(tmp_path, pooling=MEAN)
+    for key in ("word_embedding_dimension", "embedding_dimension"):
+        write_json(tmp_path / FILES["pooling"], MEAN | {key: 33})
+        with pytest.raises(CheckpointError, match="of states of 33 numbers, and the model's have 32"):
+            pooling_of(tmp_path)
+        change(tmp_path, "pooling", **{key: 32})
+        assert pooling_of(tmp_path).output_size == 32
+    change(tmp_path, "pooling", embedding_dimension="32")
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config.json: .*'embedding_dimension' is '32'"):
+        pooling_of(tmp_path)
 
 
 def test_weights_of_layers_behind_pooling_are_checked(tmp_path: Path) -> None:
